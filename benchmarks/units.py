@@ -1,15 +1,23 @@
 """Heads and neurons of the GPT-2-small shape: kinds of heads, and a harvest of every neuron, over the plain forward.
 
-Kinds: all that patterns and what heads write tell, on 32 rows of 64 tokens, with the intervals and thresholds; and with
-the untrained twin as a control besides, which copies the weights and takes the second run that it says. Harvest: the
-top 20 of all 36,864 neurons, on batches of 16 rows of 128 tokens, over the forward with the loss on the same batches.
+Kinds: all that patterns and what heads write tell, on 32 rows of 64 tokens, with the intervals and thresholds; and once
+with the untrained twin as a control besides, which copies the weights and takes a second such run.
 
-Times are processor time, in turn, on one thread, each after a first call that is not counted.
+Harvest: the top 20 of all 36,864 neurons, on batches of 16 rows of 128 tokens. Before the next batch, the plain forward
+runs over the same rows, without saving or a loss. The corpus's figure has everything in it, from the first call to the
+last file; that of a later batch is what a longer corpus comes down to. Killed: five times at random moments, 12 narrow
+layers, then gone on with to the end, against a pass that nothing stopped.
+
+Times are processor time, in turn, on one thread, after a first call that is not counted.
 """
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +27,7 @@ from measure import Options, Row
 from lenses import processor
 
 ROWS, LENGTH = 32, 64
-BATCHES, BATCH, CONTEXT, TOP = 3, 16, 128, 20
+BATCH, CONTEXT, TOP = 16, 128, 20
 
 
 def measured(options: Options) -> Iterator[Row]:
@@ -27,16 +35,17 @@ def measured(options: Options) -> Iterator[Row]:
 
     import mechscope as ms
 
-    hf = measure.gpt2_small()
-    model = ms.load(hf)
-    rounds = options.rounds(3, 1)
-    yield from kinds_rows(model, torch, rounds)
-    yield from harvest_rows(model, torch, rounds)
+    torch.set_num_threads(1)
+    yield killed(options.rounds(5, 2))
+    model = ms.load(measure.gpt2_small())
+    yield from harvest_rows(model, options.rounds(20, 4))
+    yield from kinds_rows(model, options.rounds(3, 1))
 
 
-def kinds_rows(model, torch, rounds: int) -> list[Row]:
+def kinds_rows(model, rounds: int) -> Iterator[Row]:
+    import torch
+
     from mechscope.units import heads
-    from mechscope.units.patterns import MEASURES
 
     ids = measure.random_ids(ROWS, LENGTH)
 
@@ -44,49 +53,82 @@ def kinds_rows(model, torch, rounds: int) -> list[Row]:
         with torch.no_grad():
             model.hf(ids, use_cache=False)
 
-    calls = {
-        "forward": forward,
-        "kinds of heads: patterns and copying": lambda: heads(model, rows=ROWS, length=LENGTH),
-        "kinds of heads: patterns alone": lambda: heads(model, tuple(MEASURES), rows=ROWS, length=LENGTH),
-        "with the untrained twin besides": lambda: heads(model, rows=ROWS, length=LENGTH, twin=True),
-    }
-    seconds = taken(calls, rounds)
-    rows = [Row(f"forward of {ROWS} × {LENGTH} tokens", "s", seconds["forward"])]
-    for name in list(calls)[1:]:
-        target = None if "twin" in name else 4.0
-        rows.append(Row(name, "× forward", measure.ratios(seconds, name, "forward"), target))
-    return rows
+    def kinds(rows: int = ROWS, length: int = LENGTH, twin: bool = False) -> None:
+        heads(model, rows=rows, length=length, twin=twin)
+
+    kinds(2, 32)
+    plain, found = [], []
+    for _ in range(rounds):
+        plain.append(processor(forward))
+        found.append(processor(kinds))
+    yield Row(f"forward of {ROWS} × {LENGTH} tokens", "s", plain)
+    yield Row("kinds of heads", "× forward", [mine / base for mine, base in zip(found, plain)], 4.0)
+    yield Row("with the untrained twin besides", "× forward", [processor(lambda: kinds(twin=True)) / plain[-1]])
 
 
-def harvest_rows(model, torch, rounds: int) -> list[Row]:
+def harvest_rows(model, batches: int) -> Iterator[Row]:
+    import torch
+
     from mechscope.units import harvest
 
-    ids = measure.random_ids(BATCHES * BATCH, CONTEXT)
+    ids = measure.random_ids(batches * BATCH, CONTEXT)
+    plain: list[float] = []
+    spent: list[float] = []  # on each batch; the last is on the files
 
     def forward() -> None:
         with torch.no_grad():
-            for rows in ids.split(BATCH):
-                logits = model.hf(rows, use_cache=False).logits[:, :-1]
-                torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+            model.hf(ids[len(plain) % batches * BATCH :][:BATCH], use_cache=False)
 
-    def collect() -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            harvest(model, ids, Path(scratch) / "neurons", k=TOP, context=CONTEXT, batch=BATCH)
+    def after_a_batch(what: str, done: int, of: int) -> None:
+        spent.append(time.process_time() - began[0])
+        plain.append(processor(forward))
+        began[0] = time.process_time()
 
-    seconds = taken({"forward": forward, "harvest": collect}, rounds)
+    forward()
+    began = [time.process_time()]
+    with tempfile.TemporaryDirectory() as scratch:
+        harvest(
+            model, ids, Path(scratch) / "neurons", k=TOP, context=CONTEXT, batch=BATCH, progress=after_a_batch
+        )
+    spent.append(time.process_time() - began[0])
     neurons = sum(block.mlp.c_fc.nf for block in model.hf.transformer.h)
-    return [
-        Row(f"forward with the loss, {BATCHES} batches of {BATCH} × {CONTEXT}", "s", seconds["forward"]),
-        Row(f"harvest: top {TOP} of {neurons:,} neurons", "× it", measure.ratios(seconds, "harvest", "forward"), 1.3),
-    ]
+    ratios = [mine / base for mine, base in zip(spent, plain)]
+    late = batches // 2
+    what = f"harvest: top {TOP} of {neurons:,} neurons"
+    yield Row(f"plain forward of {BATCH} × {CONTEXT} tokens", "s", plain)
+    yield Row(f"{what}, a corpus of {batches} batches", "× forward", [sum(spent) / sum(plain)], 1.3)
+    yield Row(f"{what}, the first batch, with the ranges", "× forward", ratios[:1])
+    yield Row(f"{what}, a batch from the {late + 1}th on", "× forward", ratios[late:], 1.3)
 
 
-def taken(calls, rounds: int) -> dict[str, list[float]]:
-    """This is the processor seconds of every call, once a round, after a first that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name in list(calls) if number % 2 == 0 else list(calls)[::-1]:
-            spent = processor(calls[name])
-            if number:
-                seconds[name].append(spent)
-    return seconds
+def killed(times: int) -> Row:
+    """This is how many of the tables differ between a harvest that was killed and one that was not."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    import mechscope as ms
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=96, vocab_size=2000, n_positions=128, bos_token_id=0, eos_token_id=0)
+    model = ms.load(GPT2LMHeadModel(config).eval())
+    ids = torch.randint(1, 2000, (64, CONTEXT), generator=torch.Generator().manual_seed(1))
+    draw = random.Random(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        whole, stopped = Path(scratch) / "whole", Path(scratch) / "stopped"
+        started = time.perf_counter()
+        ms.units.harvest(model, ids, whole, k=TOP, context=CONTEXT, batch=4, save_every=0.0)
+        each = (time.perf_counter() - started) / times
+        done = 0
+        while done < times and not (stopped / "harvest.json").exists():
+            child = os.fork()
+            if not child:
+                ms.units.harvest(model, ids, stopped, k=TOP, context=CONTEXT, batch=4, save_every=0.0)
+                os._exit(0)
+            time.sleep(draw.uniform(0.5, 1.5) * each)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            done += 1
+        ms.units.harvest(model, ids, stopped, k=TOP, context=CONTEXT, batch=4, save_every=0.0)
+        names = ("examples.parquet", "units.parquet")
+        different = sum((whole / name).read_bytes() != (stopped / name).read_bytes() for name in names)
+    return Row("tables that differ after kills", "of 2", [float(different)], 0.0, note=f"killed {done} times")

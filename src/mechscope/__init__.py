@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mechscope._version import __version__
 
 if TYPE_CHECKING:
-    from mechscope import causal, circuits, edits, errors, labs, lenses, models, store, tasks, units, viz, weights
+    from mechscope import causal, circuits, dictionaries, edits, errors, labs, lenses, models, store, tasks, units, viz, weights
     from mechscope.causal import patch_sweep
     from mechscope.edits import add, freeze, mean, patch, project, resample, scale, set, unchanged, zero
     from mechscope.models import Model, Run, load
@@ -51,6 +51,7 @@ __all__ = [
     # rooms
     "causal",
     "circuits",
+    "dictionaries",
     "edits",
     "errors",
     "labs",
@@ -64,7 +65,7 @@ __all__ = [
 ]
 
 _ROOMS = frozenset(
-    {"causal", "circuits", "edits", "errors", "labs", "lenses", "models", "store", "tasks", "units", "viz", "weights"}
+    {"causal", "circuits", "dictionaries", "edits", "errors", "labs", "lenses", "models", "store", "tasks", "units", "viz", "weights"}
 )
 _OWNER = {
     **dict.fromkeys(["load", "Model", "Run"], "models"),

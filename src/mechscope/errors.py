@@ -85,6 +85,10 @@ class UnitsError(MechscopeError):
     """This says that heads or neurons cannot be read as asked: no such unit, no text, a folder of another harvest."""
 
 
+class DictionaryError(MechscopeError):
+    """This says that a dictionary, its training or its file is not what was asked for, or that data does not fit it."""
+
+
 class LabError(MechscopeError):
     """This says that a laboratory does not exist, or cannot be run here."""
 

@@ -66,6 +66,9 @@ KINDS: dict[str, str | Callable[[dict, dict[str, torch.Tensor]], Any]] = {
     "responses": "mechscope.units.responding:Responses",
     "universal-units": "mechscope.units.universality:Universal",
     "composition": "mechscope.weights.composition:Composition",
+    "dictionary": "mechscope.dictionaries.dictionary:Dictionary",
+    "decomposition": "mechscope.dictionaries.steering_vectors:Decomposition",
+    "dictionary-report": "mechscope.dictionaries.evaluating.report:DictionaryReport",
     "run": "mechscope.models.result:Run",
 }
 """Who makes a result of each kind: "module:Class" whose `from_parts(header, tensors)` is called, or a function."""

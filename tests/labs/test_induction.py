@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import mechscope as ms
 from mechscope.errors import MechscopeError
 from mechscope.labs import induction, shelf
 from mechscope.labs.induction import cut, lab, measures, picture, train
@@ -142,9 +143,42 @@ def test_a_slow_or_late_course_is_no_phase_change():
 
 
 def test_the_picture_shows_both_runs(tmp_path):
-    rows, control = (lab.made(name)["losses"] for name in (lab.NAME, lab.CONTROL))
-    page = picture.draw(rows, control, tmp_path / "induction.html").read_text()
-    assert "second copy, one layer" in page and "0.0 to 1.0" in page
+    runs = [lab.made(name)["losses"] for name in (lab.NAME, lab.CONTROL, lab.SMEARED)]
+    page = picture.draw(*runs, path=tmp_path / "induction.html").read_text()
+    assert "second copy, one layer, smeared keys" in page and "0.0 to 1.0" in page
+
+
+def test_one_layer_changes_phase_with_smeared_keys_and_without_them_does_not():
+    smeared, control = ((lab.made(name)["losses"], shelf.load(name)) for name in (lab.SMEARED, lab.CONTROL))
+    rows = measures.measures(smeared[1], lab.recipe(lab.SMEARED))
+    assert all(fact.holds for fact in lab.smeared_facts(smeared[0], rows))
+    kinds = ms.units.pattern_kinds(smeared[1], rows=12, length=40)
+    assert kinds["induction"].heads == [(0, 0)] and kinds["previous-token"].heads == []
+    without = measures.measures(control[1], lab.recipe(lab.CONTROL))
+    assert [fact.holds for fact in lab.smeared_facts(control[0], without)][:3] == [False] * 3
+    # Keys are what is mixed: without the mixing the same weights find nothing.
+    model = ms.load(lab.SMEARED)
+    with torch.no_grad():
+        model.hf.blocks[0].attn.smear.fill_(30.0)
+    assert float(ms.units.pattern_kinds(model, rows=12, length=40)["induction"].score.max()) < 0.1
+
+
+def test_a_smeared_key_is_mixed_with_the_one_before_it():
+    module = ToyTransformer(ToyConfig(vocab_size=20, hidden_size=16, num_attention_heads=2, smeared_keys=True)).eval()
+    plain = ToyTransformer(ToyConfig(vocab_size=20, hidden_size=16, num_attention_heads=2)).eval()
+    plain.load_state_dict({k: v for k, v in module.state_dict().items() if "smear" not in k})
+    with torch.no_grad():
+        for block in module.blocks:
+            block.attn.smear.fill_(30.0)
+    ids = torch.tensor([[3, 5, 7, 9]])
+    torch.testing.assert_close(module(ids).logits, plain(ids).logits)
+    with torch.no_grad():
+        module.blocks[0].attn.smear.fill_(-30.0)
+    out, own = (ms.load(one).run(ids, save=["blocks.0.q", "blocks.0.k", "blocks.0.pattern"]) for one in (module, plain))
+    shifted = torch.cat([own["blocks.0.k"][:, :, :1], own["blocks.0.k"][:, :, :-1]], 2)
+    scores = own["blocks.0.q"] @ shifted.mT * module.blocks[0].attn.scaling
+    wanted = scores.masked_fill(~torch.ones(4, 4).tril().bool(), float("-inf")).softmax(-1)
+    torch.testing.assert_close(out["blocks.0.pattern"], wanted)
 
 
 def test_prompts_to_cut_on_end_within_the_second_copy():

@@ -23,7 +23,7 @@ from architectures import ARCHITECTURES, CAUSAL, REFUSED
 from mechscope.models.sites import SITES
 
 ROOT = Path(__file__).parents[2]
-RARE = ("embed", "pos_embed", "mlp_up", "router", "experts", "ssm")
+RARE = ("embed", "pos_embed", "mlp_up", "router", "experts", "expert_weight", "expert_post", "ssm")
 COMMON = [site.name for site in SITES if site.name not in RARE and not site.name.startswith("cross_")]
 
 INTRO = """\

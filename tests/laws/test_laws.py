@@ -174,7 +174,7 @@ def test_writing_noise_changes_the_logits(case: Case) -> None:
 def test_routers_that_have_chosen_are_read_only(case: Case) -> None:
     """Their logits can be read; an edit or a gradient that could not reach the model is refused with that reason."""
     for site in set(case.sites) - set(case.editable):
-        assert short(site) in ("router", "experts")
+        assert short(site) in ("router", "experts", "expert_weight")
         with pytest.raises(ms.errors.EditError, match="can be read but not edited"):
             case.model.run(case.inputs(), edits={site: lambda x: x + 1})
         with pytest.raises(ms.errors.GradientError, match="can be read but not differentiated"):

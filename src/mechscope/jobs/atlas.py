@@ -29,6 +29,8 @@ AT = "blocks.*.mlp_post"
 MOST = 20 * 10**6
 """How many bytes a page has at most; prompts are left out until it has no more, and said so."""
 ENDS = "<|endoftext|>"
+SUPPRESSED = 8
+"""On how many rows of the text copy suppression is measured."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,9 @@ def atlas(
     notes: dict[str, list[str]] = {}
     tell("what kind each head is", 0, 0)
     kinds = attempted(lambda: kinds_of(model, task, seed, notes), "heads", notes)
-    ids = list(rows_of(model, read, context, max(rows if importance else 0, prompts)))
+    ids = list(rows_of(model, read, context, max(rows if importance else 0, prompts, SUPPRESSED)))
     if kinds is not None:
+        kinds = with_copy_suppression(model, kinds, ids, seed, notes)
         kinds.save(folder / "heads.safetensors")
     harvest = cards = None
     if attempted(lambda: model.resolve(AT), "neurons", notes) and neurons:
@@ -155,6 +158,19 @@ def kinds_of(model: Model, task: Task | str | None, seed: int, notes: dict[str, 
         kinds |= {n: replace(k, name=n) for n, k in taken.items() if ":" not in k.name and k.score.shape == shape}
         choices |= {f"{name}: {choice}": said for choice, said in held.choices.items()}
     return units.Heads(kinds, choices, found.provenance, found.cost)
+
+
+def with_copy_suppression(
+    model: Model, kinds: units.Heads, ids: list[list[int]], seed: int, notes: dict[str, list[str]]
+) -> units.Heads:
+    """This is the kinds and, measured on rows of the text itself, copy suppression."""
+    rows = [row for row in ids if len(row) == len(ids[0])][:SUPPRESSED] if ids else []
+    name = "kinds of heads: copy suppression"
+    kind = attempted(lambda: units.copy_suppression_kind(model, torch.tensor(rows), seed), name, notes) if rows else None
+    if kind is None or any(one.score.shape != kind.score.shape for one in kinds):
+        return kinds
+    choices = {**kinds.choices, "copy suppression": kind.text}
+    return units.Heads({**kinds.kinds, kind.name: kind}, choices, kinds.provenance, kinds.cost)
 
 
 def harvested(model: Model, texts: Any, folder: Path, context: int, seed: int, tell: Progress) -> units.Harvest:

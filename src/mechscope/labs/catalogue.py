@@ -26,6 +26,7 @@ ROOMS = (
     "induction",
     "docstring",
     "dyck",
+    "iteration",
     "addition",
     "superposition",
     "sparse",

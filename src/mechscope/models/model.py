@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from mechscope.errors import EditError, GradientError, SiteError
-from mechscope.models import tokens
+from mechscope.models import attached, tokens
 from mechscope.models.anatomy import Anatomy
 from mechscope.models.batches import batches
 from mechscope.models.certificate import Certificate
+from mechscope.models.contexts import Texts
 from mechscope.models.edit import as_edit
 from mechscope.models.generate import Generation, generate
 from mechscope.models.probe import call, input_embedding
@@ -24,6 +26,7 @@ from mechscope.models.result import Gradients, Run, gather, merge
 from mechscope.models.run import Pass, Plan, Stop, frozen
 from mechscope.models.sites import Request, Site, resolve
 from mechscope.models.stream import Stream
+from mechscope.models.token_mask import TokenMask
 
 Inputs = (
     Any  # str | list[str] | LongTensor [batch pos] | list of id lists | the dict that a Hugging Face processor returns
@@ -42,7 +45,7 @@ class Model:
     ):
         self.hf, self.tokenizer, self.name, self.source = hf, tokenizer, name, source
         self.anatomy, self.certificate = anatomy, certificate
-        self._hash: tuple[object, str] | None = None
+        self._hashes: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()
         self._busy = False
 
     # ---------------------------------------------------------------- what it is
@@ -94,8 +97,19 @@ class Model:
         return int(getattr(input_embedding(self.hf), "num_embeddings", 0))
 
     def sites(self) -> dict[str, Site]:
-        """This is every site that this model has, by full name, in forward order."""
-        return {request.site: request.row for name in self.certificate.sites for request in self.resolve(name)}
+        """This is every site that this model has, by full name, in forward order, with those of dictionaries."""
+        return {request.site: request.row for name in self.listed() for request in self.resolve(name)}
+
+    def listed(self) -> dict[str, tuple[int, ...]]:
+        """This is the shape of every site on the certificate's short input, with those of attached dictionaries."""
+        own, out = self.certificate.sites, {}
+        if not self.anatomy.attached:
+            return own
+        for site, shape in own.items():
+            out[site] = shape
+            for what in self.anatomy.attached.values():
+                out |= what.shapes(own) if what.writes == site else {}
+        return out
 
     @property
     def absent(self) -> dict[str, str]:
@@ -104,24 +118,68 @@ class Model:
 
     def resolve(self, asked: str) -> list[Request]:
         """This is the sites that a name, selection or wildcard stands for; raises SiteError with what to type."""
-        listed = self.certificate.sites
-        return resolve(asked, listed, self.anatomy.absent, type(self.hf).__name__, self.anatomy.rotary)
+        found = resolve(asked, self.listed(), self.anatomy.absent, type(self.hf).__name__, self.anatomy.rotary)
+        attached.check_latents(found, self.anatomy)
+        return found
+
+    # ---------------------------------------------------------------- dictionaries
+
+    def attach(self, site: str, dictionary: attached.Encoder, name: str = "sae", writes: str | None = None) -> str:
+        """This makes a dictionary's features a site, `SITE/NAME`, and what it leaves out another, `SITE/NAME/error`.
+
+        dictionary: anything with `encode(x) -> features [..., latent]` and `decode(features) -> x`; it takes the
+            site's vectors, those of heads side by side. A run without an edit of features is the model's own, bit for
+            bit; edited features reach the rest of the network as decode(features) + error.
+        writes: the site that a transcoder writes, where it is not the one that it reads; a dictionary that says where
+            it `reads` and `writes` is believed.
+
+        Returns the features' name. Raises SiteError for a site without one vector at each position, and
+        DictionaryError for a dictionary of another width, or a name that is taken. Undone by `detach`.
+
+        >>> model.attach("blocks.3.resid_post", sae)  # doctest: +SKIP
+        'blocks.3.resid_post/sae'
+        >>> model.run("Ben and John", edits={"blocks.3.resid_post/sae[1234]": ms.zero()})  # doctest: +SKIP
+        """
+        what = attached.attach(self, site, dictionary, name, writes)
+        self.anatomy.attached[what.site] = what
+        return what.site
+
+    def detach(self, name: str) -> None:
+        """This takes off the dictionary with that name or features' site; a name that several share, all of them.
+
+        Raises SiteError where there is none.
+        """
+        attached.detach(self.anatomy, name)
 
     def weights_hash(self) -> str:
         """This is the SHA-256 of the weights: names, shapes and bytes. It is kept until a weight changes."""
-        state = self.hf.state_dict()
+        return self._hashed(self.hf)
+
+    def _hashed(self, module: nn.Module) -> str:
+        state = module.state_dict()
         key = tuple((name, t.data_ptr(), t._version) for name, t in state.items())
-        if self._hash is None or self._hash[0] != key:
+        if module not in self._hashes or self._hashes[module][0] != key:
             digest = hashlib.sha256()
             for name, tensor in state.items():
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            self._hash = (key, digest.hexdigest())
-        return self._hash[1]
+            self._hashes[module] = (key, digest.hexdigest())
+        return self._hashes[module][1]
 
     def provenance(self) -> dict[str, Any]:
-        """This is what a result records of its model: name, where it was loaded from, class, weights hash, dtype."""
-        return {
+        """This is what a result records of its model: name, where it was loaded from, class, weights hash, dtype.
+
+        The dictionaries attached to it are recorded too, each with the site that it writes and its own hash.
+        """
+        attached = {
+            site: {
+                "class": type(what.dictionary).__name__,
+                "writes": what.writes,
+                "weights": self._hashed(what.dictionary) if isinstance(what.dictionary, nn.Module) else None,
+            }
+            for site, what in self.anatomy.attached.items()
+        }
+        return ({"dictionaries": attached} if attached else {}) | {
             "model": self.name,
             "source": self.source,
             "class": type(self.hf).__name__,
@@ -183,7 +241,7 @@ class Model:
         requests = gather(save, self)
         changes = _edits(self, edits)
         for request in requests:
-            if grad is not None and (why := self.anatomy.places[request.site].readonly):
+            if grad is not None and (why := self.anatomy.place(request.site).readonly):
                 raise GradientError(f"'{request.site}' can be read but not differentiated: {why}.")
         stop = None
         if stop_at is not None:
@@ -193,6 +251,9 @@ class Model:
             if grad is not None:
                 raise GradientError("a run that stops early has no logits to differentiate; leave out stop_at or grad.")
             stop = request.site
+            if "/" in stop:  # features are there once what they are read from is
+                features = self.anatomy.dictionary(stop)
+                stop = features.reads if stop == features.site else features.writes
         plan = Plan(requests, changes, stop, grad is not None)
         return execute(self, inputs, plan, grad)
 
@@ -220,18 +281,25 @@ class Model:
 
     def stream(
         self,
-        texts: Iterable[str] | Tensor,
-        at: str,
+        texts: Texts,
+        at: str | Sequence[str],
         context: int = 128,
         batch: int = 32,
         seed: int | None = None,
         loop: bool = False,
-    ) -> Iterator[Tensor]:
-        """This yields a site's activations as tensors [n, d], from texts cut into contexts of one length.
+        mask: TokenMask | None = None,
+        vectors: int | None = None,
+        shuffle: int | str | None = None,
+    ) -> Stream:
+        """This yields a site's activations as tensors [n, d], or {site: [n, d]} of several sites from one forward.
 
-        The forward stops at the site. Positions of special tokens are left out. See `models/stream.py`.
+        Texts are cut into contexts of one length; the forward stops at the last site; positions of special tokens, or
+        whatever `mask` says, are left out. `vectors` and `shuffle` cut and mix; `.state()` and `.resume(state)` go on
+        where a stream stopped, bit for bit. See `models/stream.py`.
+
+        >>> for x in model.stream(texts, "blocks.2.resid_post", vectors=4096): ...  # doctest: +SKIP
         """
-        return Stream(self, texts, at, context, batch, seed, loop)
+        return Stream(self, texts, at, context, batch, seed, loop, mask, vectors, shuffle)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -295,7 +363,7 @@ def _edits(model: Model, edits: Edits | None) -> list[tuple[Request, Any]]:
     """This is the edits by site; raises EditError for a site that can only be read."""
     found = [(r, as_edit(e)) for asked, e in (edits or {}).items() for r in model.resolve(asked)]
     for request, _ in found:
-        if why := model.anatomy.places[request.site].readonly:
+        if why := model.anatomy.place(request.site).readonly:
             raise EditError(f"'{request.site}' can be read but not edited: {why}.")
     return found
 

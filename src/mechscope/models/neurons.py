@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mechscope.models.experts import experts_of
 from mechscope.models.explain import close
 from mechscope.models.inside import Inside, same
 from mechscope.models.places import Block, Place, is_norm, linear
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mechscope.models.writers import Additions
 
 NEURONS = ("mlp_pre", "mlp_up", "mlp_post")
+EXPERTS = ("expert_weight", "expert_post")
 
 
 def read_mlp(block: Block, here: Inside, additions: Additions) -> None:
@@ -29,12 +31,14 @@ def read_mlp(block: Block, here: Inside, additions: Additions) -> None:
     if block.normed_stream:
         block.unreadable("the stream is normalised after each addition (post-norm), so writers do not add up")
     if not writers:
-        block.lacks("this block has no MLP", "ln2", *NEURONS, "mlp_out", "router", "experts")
+        block.lacks("this block has no MLP", "ln2", *NEURONS, "mlp_out", "router", "experts", *EXPERTS)
         return
     source = here.source(writers[0].call)
     whole = _whole(here, source, additions)
     if whole is None or whole.read is None:
-        block.lacks("the MLP does not read one tensor [batch, pos, d_model]", "ln2", *NEURONS, "router", "experts")
+        block.lacks(
+            "the MLP does not read one tensor [batch, pos, d_model]", "ln2", *NEURONS, "router", "experts", *EXPERTS
+        )
         block.unreadable(block.absent["ln2"])
         return
     block.mlp = whole.module
@@ -44,12 +48,15 @@ def read_mlp(block: Block, here: Inside, additions: Additions) -> None:
     dense = len(writers) == 1 and _read_neurons(block, whole, source, inside)
     if not dense:
         routed = _read_router(block, inside)
+        if routed:
+            _read_experts(block, inside)
         why = (
             "the MLP is a mixture of experts: its neurons depend on the token"
             if routed
             else "the MLP does not end in one linear map"
         )
         block.lacks(why, *NEURONS)
+    block.lacks("this MLP is not a mixture of experts", *EXPERTS)
     block.lacks("this MLP has no router whose logits mechscope can see", "router")
     block.lacks("no router of this block returns the experts it chose", "experts")
 
@@ -161,6 +168,24 @@ def _read_router(block: Block, inside: list[Call]) -> bool:
     return bool(routers or maps)
 
 
+def _read_experts(block: Block, inside: list[Call]) -> None:
+    """This finds the module that holds the routed experts and proves what their neurons are, or says why it cannot."""
+    why = "no module of this block is given tokens, the experts chosen and their weights"
+    for call in inside:
+        if not call.given:
+            continue
+        found = experts_of(call.module, call.given, call.wrote)
+        if isinstance(found, str):
+            why = found
+            continue
+        block.experts = found
+        block.places["expert_weight"] = Place(call.module, "experts", readonly=WEIGHED)
+        block.places["expert_post"] = Place(call.module, "experts")
+        return
+    block.lacks(why, *EXPERTS)
+
+
+WEIGHED = "the experts have used these weights by the time they return; edit expert_post, or the router where it can be"
 CHOSEN = "the router has chosen its experts by the time it returns these logits, so a change would not reach the model"
 
 

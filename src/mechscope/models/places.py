@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
-Side = Literal["input", "output", "attention", "heads"]
+if TYPE_CHECKING:
+    from mechscope.models.attached import Attached
+    from mechscope.models.experts import Experts
+
+Side = Literal["input", "output", "attention", "heads", "experts"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Place:
     """
 
     module: nn.Module
-    side: Side  # "heads" is computed on demand at the output projection
+    side: Side  # "heads" and "experts" are computed on demand, at the output projection and beside the experts
     scale: float = 1.0
     part: tuple[int, int] | None = None
     plus: tuple[Place, ...] = ()
@@ -45,6 +49,7 @@ class Block:
     mlp: nn.Module | None = None
     mlp_norm: nn.Module | None = None
     projection: nn.Module | None = None  # W_O
+    experts: Experts | None = None  # of a mixture, where their neurons can be read
     post_norm: nn.Module | None = None  # between attention's output and the stream: a norm or a layer scale
     parallel: bool = False
     normed_stream: tuple[tuple[str, nn.Module], ...] = ()  # post-norm blocks: each writer's site, the norm after it
@@ -75,6 +80,15 @@ class Anatomy:
     rotary: bool = False
     embed_scale: float = 1.0
     classifies: bool = False  # whether the logits are one row per input
+    attached: dict[str, Attached] = field(default_factory=dict)  # dictionaries, by the site of their features
+
+    def dictionary(self, site: str) -> Attached:
+        """This is the attached dictionary whose features, or whose error, a site is."""
+        return self.attached[site.removesuffix("/error")]
+
+    def place(self, site: str) -> Place:
+        """This is where an edit of a site acts: for features, the site that their dictionary writes."""
+        return self.places[self.dictionary(site).writes if "/" in site else site]
 
     def layers(self, prefix: str = "blocks") -> list[Block]:
         return [block for block in self.blocks if re.fullmatch(rf"{re.escape(prefix)}\.\d+", block.prefix)]

@@ -34,6 +34,7 @@ class Call:
     wrote: Tensor | None = None
     items: tuple[Tensor, ...] = ()  # everything returned, where the module returned a tuple or a list
     attends: int = 0  # how many times this call computed attention
+    given: tuple[Tensor, ...] = ()  # everything read, where that is several tensors, one of them of numbers
 
     @property
     def tupled(self) -> bool:
@@ -140,6 +141,9 @@ def record(hf: nn.Module, inputs: dict[str, Tensor]) -> Record:
     def before(name):
         def hook(module, args, kwargs):
             call = Call(name, module, next(clock), _copy(first_read(args, kwargs)))
+            read = tuple(tensors((args, kwargs)))
+            if len(read) > 2 and any(not x.is_floating_point() for x in read):
+                call.given = tuple(x.clone() for x in read)
             out.calls.append(call)
             stack.append(call)
 

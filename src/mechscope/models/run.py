@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from mechscope.errors import EditError, SiteError
 from mechscope.models import attention
+from mechscope.models.attached import Features
 from mechscope.models.edit import Where
+from mechscope.models.experts import Given
 from mechscope.models.hooks import Act, _after, _before, frozen, head_outputs
 from mechscope.models.places import Anatomy, Place
+from mechscope.models.probe import tensors
 from mechscope.models.result import Receipt
-from mechscope.models.sites import ORDER, Request, Selection, row_of
+from mechscope.models.sites import ORDER, Request, row_of
 
 POSITIONS = ("pos", "query")
 
@@ -69,11 +72,16 @@ class Pass:
         self.versions: list[tuple[str, Tensor, int]] = []
         self.changes: list[tuple[Receipt, Tensor, Tensor]] = []
         self.inputs: dict[tuple[int, str], Tensor] = {}
+        self.given: dict[nn.Module, Given] = {}  # what experts were given
         self.by_site: dict[str, tuple[list, list]] = {}
         for r, e in plan.edits:
             self.by_site.setdefault(r.site, ([], []))[0].append((r, e))
         for r in plan.saves:
             self.by_site.setdefault(r.site, ([], []))[1].append(r)
+        asked = {site.removesuffix("/error") for site in self.by_site if "/" in site}
+        self.features = [Features(self, what) for site, what in anatomy.attached.items() if site in asked]
+        for base in (base for features in self.features for base in features.bases):
+            self.by_site.setdefault(base, ([], []))
         self.end = self.seen = 0  # absolute positions: where this call ends, and what earlier calls covered
         self.prompt_length = 0
         self.generating = False
@@ -81,10 +89,15 @@ class Pass:
     # ---------------------------------------------------------------- what happens at a site
 
     def touch(self, site: str, x: Tensor) -> Tensor:
-        """This makes the edits of a site, saves what was asked for, and returns what goes on."""
+        """This makes the edits of a site, saves what was asked for, and returns what goes on.
+
+        Features of the site follow its own edits: they are of the value that was put there, and have the last word.
+        """
         edits, saves = self.by_site.get(site, ((), ()))
         for request, edit in edits:
             x = self.edit(request, edit, x)
+        for features in self.features:
+            x = features.touch(site, x)
         if saves and self.plan.gradients:
             x = self.node(site, x)
         for request in saves:
@@ -206,7 +219,7 @@ class Pass:
         here = tuple(p - start for p in wanted if start <= p < start + length)
         if not here:
             return None
-        return Selection(head, here[0] if isinstance(pos, int) else here).index(axes)
+        return replace(request.selection, pos=here[0] if isinstance(pos, int) else here).index(axes)
 
     def fresh(self, request: Request, x: Tensor, kept: Tensor) -> Tensor:
         """This drops the positions that an earlier call of the same generation has saved already."""
@@ -229,14 +242,19 @@ class Pass:
         after: dict[tuple[nn.Module, int], list[Act]] = {}
         interface: dict[nn.Module, attention.Touch] = {}
         formula: dict[nn.Module, attention.Touch] = {}
-        sites = sorted(self.plan.sites, key=lambda s: ORDER[s.rsplit(".", 1)[-1]])
-        for site in sites:
+        routed: set[nn.Module] = set()
+        bases = [base for features in self.features for base in features.bases]
+        asked = dict.fromkeys([*(site for site in self.plan.sites if "/" not in site), *bases])
+        for site in sorted(asked, key=lambda s: ORDER[s.rsplit(".", 1)[-1]]):
             place = self.anatomy.places[site]
             if place.side == "attention":
                 self.watch(site, place.module, interface, formula)
             elif place.side == "heads":
                 before.setdefault(place.module, []).append(self.remember(place))
                 after.setdefault((place.module, 0), []).append(self.stopping(site, self.at_heads(site, place)))
+            elif place.side == "experts":
+                routed.add(place.module)
+                after.setdefault((place.module, 0), []).append(self.stopping(site, self.at_experts(site, place)))
             else:
                 for term in place.plus:
                     acts = before if term.side == "input" else after
@@ -249,6 +267,7 @@ class Pass:
                     after.setdefault((place.module, place.item), []).append(act)
         handles = [m.register_forward_pre_hook(_before(acts), with_kwargs=True) for m, acts in before.items()]
         handles += [m.register_forward_hook(_after(acts, item)) for (m, item), acts in after.items()]
+        handles += [m.register_forward_pre_hook(self.told, with_kwargs=True) for m in routed]
         try:
             with attention.watched(interface, formula):
                 yield
@@ -256,6 +275,7 @@ class Pass:
             for handle in handles:
                 handle.remove()
             self.inputs.clear()
+            self.given.clear()
 
     def stopping(self, site: str, act: Act) -> Act:
         if site != self.plan.stop_at:
@@ -329,6 +349,40 @@ class Pass:
             if site in self.nodes:
                 self.nodes[site] = probe = torch.zeros_like(old).requires_grad_()
                 return out + probe.sum(1)
+            return out
+
+        return act
+
+    def told(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """This keeps what a module of experts was given: the tokens, the experts chosen and their weights."""
+        given = Given.of(tuple(tensors((args, kwargs))))
+        assert given is not None  # it was when the model was loaded
+        self.given[module] = given
+
+    def at_experts(self, site: str, place: Place) -> Act:
+        """This computes the experts' neurons beside the model; an edit changes what the experts write by its sum."""
+        experts = next(b for b in self.anatomy.blocks if b.prefix == site.rsplit(".", 1)[0]).experts
+        assert experts is not None
+
+        def by_row(x: Tensor) -> Tensor:
+            return x.unflatten(0, (len(self.rows), -1))
+
+        def act(x: Tensor) -> Tensor:
+            given = self.given[place.module]
+            weights = experts.weights(given)
+            if place.readonly:
+                self.touch(site, by_row(weights))
+                return x
+            old = by_row(experts.post(given)).transpose(1, 2)
+            new = self.touch(site, old)
+
+            def wrote(post: Tensor) -> Tensor:
+                return experts.wrote(post.transpose(1, 2).flatten(0, 1), weights).reshape(x.shape).to(x.dtype)
+
+            out = x if new is old else x + wrote(new - old)
+            if site in self.nodes:
+                self.nodes[site] = probe = torch.zeros_like(old).requires_grad_()
+                return out + wrote(probe)
             return out
 
         return act

@@ -2,7 +2,9 @@
 
 The documentation page, `model.sites()` and the "did you mean" messages are printed from `SITES`. A request is a
 name with, optionally, a selection (`blocks.3.z[head=3,pos=-1]`), a wildcard (`blocks.*.resid_post`,
-`blocks.{4,5}.z`) or a TransformerLens name, which is translated and never stored.
+`blocks.{4,5}.z`) or a TransformerLens name, which is translated and never stored. The features of a dictionary that was
+attached at a site are a site too, after a slash (`blocks.3.resid_post/sae[1234,pos=-1]`); a wildcard meets them only
+where it has the slash.
 """
 
 from __future__ import annotations
@@ -59,12 +61,20 @@ SITES: tuple[Site, ...] = (
     Site("mlp_pre", ("batch", "pos", "d_mlp"), "the gate (or only) projection before its nonlinearity"),
     Site("mlp_up", ("batch", "pos", "d_mlp"), "the linear factor of a gated MLP"),
     Site("mlp_post", ("batch", "pos", "d_mlp"), "what the down projection reads"),
+    Site("expert_weight", ("batch", "pos", "expert"), "what each expert's output is multiplied by; 0 where not chosen"),
+    Site(
+        "expert_post",
+        ("batch", "expert", "pos", "d_mlp"),
+        "what each expert's down projection reads; 0 where the router did not send the token",
+    ),
     Site("mlp_out", STREAM, "exactly what the MLP adds to the stream"),
     Site("resid_post", STREAM, "equals resid_mid + mlp_out (plus ssm or cross_out where they exist)"),
     Site("final", STREAM, "what the unembedding reads: unembed(final) = logits", False),
     Site("logits", ("batch", "pos", "d_vocab"), "the model's output, with its soft-cap or scale", False),
 )
 CLASSES = Site("logits", ("batch", "class"), "the model's output: one row of scores per input", False)
+FEATURES = Site("features", ("batch", "pos", "latent"), "decode(features) + error equals the site that is written")
+ERROR = Site("error", ("batch", "pos", "d_out"), "what the dictionary leaves of the site: site - decode(features)")
 BY_NAME = {site.name: site for site in SITES}
 ORDER = {site.name: i for i, site in enumerate(SITES)}
 
@@ -94,7 +104,9 @@ TRANSFORMER_LENS = {
 
 
 def row_of(site: str) -> Site:
-    """This is the row of the table for a full site name."""
+    """This is the row of the table for a full site name; what stands after a slash is a dictionary's."""
+    if "/" in site:
+        return ERROR if site.endswith("/error") else FEATURES
     return BY_NAME[site.rsplit(".", 1)[-1]]
 
 
@@ -103,38 +115,42 @@ Index = int | slice | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Selection:
-    """This is the part of a site in square brackets: which heads and which positions.
+    """This is the part of a site in square brackets: which heads, which positions, and which of a dictionary's latents.
 
-    An integer drops its axis, as in Python; a slice or a list (`pos=0|2|5`) keeps it. `head` comes before `pos`. In
-    `scores` and `pattern`, `pos` selects queries.
+    An integer drops its axis, as in Python; a slice or a list (`pos=0|2|5`) keeps it. `head` comes before `pos`, and
+    so does a latent, which is its bare number: `[1234,pos=-1]`. In `scores` and `pattern`, `pos` selects queries.
     """
 
     head: Index | None = None
     pos: Index | None = None
+    latent: Index | None = None
+
+    def on(self, axis: str) -> Index | None:
+        """This is what is selected of an axis; None is all of it."""
+        if axis in ("head", "kv_head"):
+            return self.head
+        if axis in ("pos", "query"):
+            return self.pos
+        return self.latent if axis == "latent" else None
 
     def index(self, axes: tuple[str, ...]) -> tuple[Any, ...]:
         """This is the tensor index of the selection on a site with these axes."""
+        chosen = [self.on(axis) for axis in axes]
+        # Two lists select the block of their product, not a zip of them: the first becomes a column.
+        column = sum(isinstance(i, tuple) for i in chosen) == 2
         out: list[Any] = []
-        lists = sum(isinstance(i, tuple) for i in (self.head, self.pos))
-        for axis in axes:
-            if axis in ("head", "kv_head") and self.head is not None:
-                out.append(_as_index(self.head, lists == 2, first=True))
-            elif axis in ("pos", "query") and self.pos is not None:
-                out.append(_as_index(self.pos, lists == 2, first=False))
+        for index in chosen:
+            if isinstance(index, tuple):
+                out.append([[i] for i in index] if column else list(index))
+                column = False
             else:
-                out.append(slice(None))
+                out.append(slice(None) if index is None else index)
         return tuple(out)
 
     def __str__(self) -> str:
-        parts = [f"{k}={_index_text(v)}" for k, v in (("head", self.head), ("pos", self.pos)) if v is not None]
+        parts = [] if self.latent is None else [_index_text(self.latent)]
+        parts += [f"{k}={_index_text(v)}" for k, v in (("head", self.head), ("pos", self.pos)) if v is not None]
         return f"[{','.join(parts)}]" if parts else ""
-
-
-def _as_index(index: Index, both_lists: bool, first: bool) -> Any:
-    if isinstance(index, tuple):
-        # Two lists select the block of their product, not a zip of them.
-        return [[i] for i in index] if both_lists and first else list(index)
-    return index
 
 
 def _index_text(index: Index) -> str:
@@ -181,7 +197,8 @@ def resolve(
     """
     name, selection = split(asked)
     if "hook_" in name:
-        name = _from_transformer_lens(name, rotary)
+        theirs, slash, features = name.partition("/")
+        name = _from_transformer_lens(theirs, rotary) + slash + features
     if any(c in name for c in "*{"):
         pattern = _wildcard(name)
         found = [site for site in listed if pattern.fullmatch(site)]
@@ -191,6 +208,8 @@ def resolve(
         found = [name]
     elif name in absent:
         raise SiteError(f"{model} has no {name!r}: {absent[name]}.")
+    elif "/" in name and name.partition("/")[0] in listed:
+        raise SiteError(_not_attached(name, listed, model))
     else:
         known = [*listed, *absent]
         raise SiteError(f"no site {name!r} in {model}{did_you_mean(name, known)}{_blocks(listed)}.")
@@ -213,8 +232,10 @@ def split(asked: str) -> tuple[str, Selection]:
     chosen: dict[str, Index] = {}
     order = []
     for part in inside.split(","):
-        key, _, value = (p.strip() for p in part.partition("="))
-        if key not in ("head", "pos"):
+        key, equals, value = (p.strip() for p in part.partition("="))
+        if not equals and re.fullmatch(r"[-\d:|\s]+", key):
+            key, value = "latent", key
+        elif key not in ("head", "pos"):
             raise SiteError(
                 f"cannot select by {key!r} in {asked!r}; select by head and pos, as in '{name}[head=3,pos=-1]'."
             )
@@ -222,6 +243,8 @@ def split(asked: str) -> tuple[str, Selection]:
         chosen[key] = _read_index(value, asked)
     if order == ["pos", "head"]:
         raise SiteError(f"head comes before pos in {asked!r}: type '{name}{Selection(**chosen)}'.")
+    if "latent" in order[1:]:
+        raise SiteError(f"a latent comes first, once, in {asked!r}: type '{name}{Selection(**chosen)}'.")
     return name, Selection(**chosen)
 
 
@@ -248,12 +271,32 @@ def _check_axes(request: Request) -> None:
     if request.selection.pos is not None and not {"pos", "query"} & set(axes):
         raise SiteError(f"'{request.site}' has no positions to select: its axes are {' '.join(axes)}.")
 
+    if request.selection.latent is not None and "latent" not in axes:
+        raise SiteError(
+            f"'{request}' selects a latent, and '{request.site}' has none: its axes are {' '.join(axes)}; select by "
+            f"head and pos, as in 'blocks.3.z[head=3,pos=-1]', or a dictionary's latent, as in "
+            f"'blocks.3.resid_post/sae[12]'."
+        )
+
+
+def _not_attached(name: str, listed: Iterable[str], model: str) -> str:
+    """This says which dictionaries are attached at a site, of a name that asks for another."""
+    base, _, asked = name.partition("/")
+    there = [site.partition("/")[2] for site in listed if site.startswith(f"{base}/")]
+    if not there:
+        return (
+            f"no dictionary is attached at {base!r} of {model}, so there is no {name!r}; type "
+            f"model.attach({base!r}, dictionary, name={asked.split('/')[0]!r})."
+        )
+    near = did_you_mean(name, [f"{base}/{other}" for other in there])
+    return f"no {asked!r} is attached at {base!r} of {model}{near}; there are {', '.join(map(repr, there))}."
+
 
 def _wildcard(name: str) -> re.Pattern[str]:
     out = ""
     for piece in re.split(r"(\*|\{[^}]*\})", name):
         if piece == "*":
-            out += r"[^.]+" if not name.startswith("*") else r".+"
+            out += r"[^./]+" if not name.startswith("*") else r"[^/]+"
         elif piece.startswith("{"):
             out += "(?:" + "|".join(re.escape(p.strip()) for p in piece[1:-1].split(",")) + ")"
         else:

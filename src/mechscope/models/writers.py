@@ -13,7 +13,8 @@ from mechscope.models.places import Block, Place, is_norm, linear
 from mechscope.models.probe import Call
 
 INSIDE_ATTENTION = ("q", "k", "v", "scores", "pattern", "z")
-WRITTEN = ("attn_out", "head_out", "resid_mid", "ln2", "mlp_pre", "mlp_up", "mlp_post", "mlp_out", "router", "experts")
+WRITTEN = ("attn_out", "head_out", "resid_mid", "ln2", "mlp_pre", "mlp_up", "mlp_post", "mlp_out")
+WRITTEN += ("router", "experts", "expert_weight", "expert_post")
 IDENTITY = "resid_post = resid_pre + everything written by the block"
 
 

@@ -13,21 +13,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechscope.units.ablating import HeadImportance, head_importance
+    from mechscope.units.by_layer import neuron_kinds
     from mechscope.units.confidence import confidence_neurons
+    from mechscope.units.congruence import neuron_patching, token_congruence
     from mechscope.units.effective import effective_ov
     from mechscope.units.examples import Example, Examples, Harvest
     from mechscope.units.harvesting import harvest, join
     from mechscope.units.head_kinds import heads, untrained_twin
     from mechscope.units.ioi_roles import ioi_heads
+    from mechscope.units.iterating import iteration_heads
     from mechscope.units.kinds import Heads, Kind
     from mechscope.units.knowing import Knowledge, knowledge_effects, knowledge_neurons
+    from mechscope.units.mending import repaired_by_suppression
+    from mechscope.units.few_shot import FewShot, false_induction_heads, misled
     from mechscope.units.patterns import pattern_kinds, repeats
     from mechscope.units.phase import tracked
+    from mechscope.units.pruning import pruning_curve
+    from mechscope.units.relating import Related, semantic_induction_heads
+    from mechscope.units.residues import residue_features
     from mechscope.units.responding import Responses, responses
+    from mechscope.units.rewriting import knowledge_edits
     from mechscope.units.succession import successor_heads
+    from mechscope.units.suppressed import copy_suppression_kind
     from mechscope.units.suppression import copy_suppression
     from mechscope.units.task_heads import head_effects, over_represented
     from mechscope.units.universality import Universal, universal
+    from mechscope.units.which import expert_neuron
 
 __all__ = [
     # what every unit responds to, over a corpus
@@ -40,7 +51,16 @@ __all__ = [
     "heads",
     "ioi_heads",
     "copy_suppression",
+    "copy_suppression_kind",
+    "repaired_by_suppression",
     "successor_heads",
+    "residue_features",
+    "iteration_heads",
+    "semantic_induction_heads",
+    "Related",
+    "false_induction_heads",
+    "misled",
+    "FewShot",
     "tracked",
     "effective_ov",
     "untrained_twin",
@@ -53,13 +73,19 @@ __all__ = [
     "HeadImportance",
     "head_effects",
     "over_represented",
+    "pruning_curve",
     # kinds of neurons
     "responses",
     "Responses",
+    "neuron_kinds",
     "confidence_neurons",
     "knowledge_neurons",
     "knowledge_effects",
+    "knowledge_edits",
     "Knowledge",
+    "token_congruence",
+    "neuron_patching",
+    "expert_neuron",
     # units that other seeds have too
     "universal",
     "Universal",
@@ -71,6 +97,13 @@ _OWNER: dict[str, str] = {
     **dict.fromkeys(["harvest", "join"], "harvesting"),
     **dict.fromkeys(["heads", "untrained_twin"], "head_kinds"),
     "ioi_heads": "ioi_roles",
+    "iteration_heads": "iterating",
+    "repaired_by_suppression": "mending",
+    **dict.fromkeys(["FewShot", "false_induction_heads", "misled"], "few_shot"),
+    "pruning_curve": "pruning",
+    **dict.fromkeys(["Related", "semantic_induction_heads"], "relating"),
+    "residue_features": "residues",
+    "copy_suppression_kind": "suppressed",
     "copy_suppression": "suppression",
     "successor_heads": "succession",
     "tracked": "phase",
@@ -78,6 +111,10 @@ _OWNER: dict[str, str] = {
     **dict.fromkeys(["Heads", "Kind"], "kinds"),
     **dict.fromkeys(["pattern_kinds", "repeats"], "patterns"),
     "confidence_neurons": "confidence",
+    **dict.fromkeys(["neuron_patching", "token_congruence"], "congruence"),
+    "knowledge_edits": "rewriting",
+    "expert_neuron": "which",
+    "neuron_kinds": "by_layer",
     **dict.fromkeys(["Knowledge", "knowledge_effects", "knowledge_neurons"], "knowing"),
     **dict.fromkeys(["Responses", "responses"], "responding"),
     **dict.fromkeys(["head_effects", "over_represented"], "task_heads"),

@@ -30,10 +30,11 @@ from mechscope import store
 from mechscope.causal.evidence import Column, Evidence, Row, Scores
 from mechscope.edits import unchanged
 from mechscope.errors import UnitsError
-from mechscope.models.mlps import mlp
+from mechscope.models.experts import neurons_written
 from mechscope.models.stream import contexts
 from mechscope.tasks.intervals import mean_interval
 from mechscope.units.harvesting import batches
+from mechscope.units.which import neuron_site, which_unit
 
 if TYPE_CHECKING:
     from mechscope.models.model import Model
@@ -63,8 +64,8 @@ def written(model: Model, layer: int, k: int | None = None, counts: Tensor | Non
     >>> written(model, 5).null.topk(3).indices  # doctest: +SKIP
     tensor([ 17, 301,  44])
     """
-    values = mlp(model, layer).written
-    rows = _unembedding(model)
+    values = neurons_written(model, layer).rows
+    rows = unembedding(model)
     squared, directions = torch.linalg.eigh((rows.T @ rows).double())
     unread = int((squared < 1e-10 * squared[-1]).sum())
     k = max(unread, round(0.01 * model.d_model), 1) if k is None else k
@@ -115,13 +116,13 @@ def confidence_neurons(
     others = [n for n in range(len(said.null)) if n not in chosen]
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
     chosen |= {others[i]: "random" for i in order[:controls].tolist()}
-    effects = Effects(model, ids, layer)
+    effects, names = Effects(model, ids, layer), neurons_written(model, layer).names
     table = []
     for n, why in chosen.items():
         total, direct = effects.of(n)
         scores = [_point(float(x[n])) for x in (said.null, said.variance, said.frequency, said.norm)]
         scores += [_over(total), _over(direct)]
-        table.append(Row(f"{layer}.{n}", tuple(scores), group=why, control=why == "random"))
+        table.append(Row(f"{layer}.{names[n]}", tuple(scores), group=why, control=why == "random"))
     columns = (
         Column("null share", "share", "of what is written, in the directions that the unembedding reads least"),
         Column("logit variance", "", "of the cosine with tokens' rows"),
@@ -137,7 +138,12 @@ def confidence_neurons(
         f"neuron {best.label} works most through the final norm: {through:+.3f} nats of entropy, that it would not "
         "change otherwise",
         (Scores(f"neurons of layer {layer}", columns, tuple(table)),),
-        {"ablation": "mean over the text", "text": f"{len(ids)} contexts of {ids.shape[1]} tokens", "k": str(k or "")},
+        {
+            "unit": which_unit(model, effects.site),
+            "ablation": "mean over the text",
+            "text": f"{len(ids)} contexts of {ids.shape[1]} tokens",
+            "k": str(k or ""),
+        },
         {
             **model.provenance(),
             **{"method": "confidence_neurons", "versions": store.manifest()},
@@ -151,11 +157,18 @@ class Effects:
     """This is what fixing a neuron of `layer` at its mean does to the entropy of every prediction, by context."""
 
     def __init__(self, model: Model, ids: Tensor, layer: int):
-        self.model, self.ids, self.site = model, ids, f"blocks.{layer}.mlp_post"
+        self.model, self.ids, self.site = model, ids, neuron_site(model, layer)
         self.last = f"blocks.{model.n_layers - 1}.resid_post"
+        experts = self.site.endswith("expert_post")
+        weights = [self.site.replace("expert_post", "expert_weight")] if experts else []
         with torch.no_grad():
-            out = model.run(ids, save=[self.site, self.last])
-        self.mean, self.stream = out[self.site].mean((0, 1)), out[self.last]
+            out = model.run(ids, save=[self.site, self.last, *weights])
+        post, self.stream = out[self.site], out[self.last]
+        if experts:  # an expert's neuron has a value on the tokens that it was sent, and its mean is over those
+            sent = (out[weights[0]] != 0).sum((0, 1)).clamp_min(1)
+            self.mean = (post.sum((0, 2)) / sent[:, None]).flatten()
+        else:
+            self.mean = post.mean((0, 1))
         self.entropy = _entropy(out.logits)
         self.held, self.final = model.readout.frozen(self.stream), model.readout.norm(self.stream)
 
@@ -165,7 +178,8 @@ class Effects:
 
         def fixed(post: Tensor) -> Tensor:  # unchanged: a neuron that never fires is at its mean already
             post = post.clone()
-            post[..., neuron] = self.mean[neuron]
+            unit = divmod(neuron, post.shape[-1])
+            (post[:, unit[0]] if post.dim() == 4 else post)[..., unit[1]] = self.mean[neuron]
             return post
 
         out = self.model.run(self.ids, save=self.last, edits={self.site: unchanged(fixed)})
@@ -173,7 +187,7 @@ class Effects:
         return tuple((_entropy(logits) - self.entropy).mean(1) for logits in (out.logits, direct))  # type: ignore
 
 
-def _unembedding(model: Model) -> Tensor:
+def unembedding(model: Model) -> Tensor:
     """This is the unembedding's rows by the last stream [d_vocab d_model], up to one scale: norm and gain included."""
     eye = torch.eye(model.d_model, device=model.device, dtype=model.dtype)
     start = torch.ones(model.d_model, device=model.device, dtype=model.dtype)

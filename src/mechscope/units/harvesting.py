@@ -28,7 +28,7 @@ from mechscope import store
 from mechscope.errors import SiteError, UnitsError
 from mechscope.models.stream import contexts
 from mechscope.units.examples import Harvest, write_contexts, write_tables
-from mechscope.units.highest import Highest
+from mechscope.units.highest import Highest, counted
 from mechscope.units.samples import Samples
 
 if TYPE_CHECKING:
@@ -81,10 +81,8 @@ def harvest(
     work = Pass(model, folder, question)
     saved = time.perf_counter()
     for number, rows in enumerate(batches(contexts(model, texts, context), batch)):
-        if not work.samples:
-            work.calibrate(rows)  # for every shard on the same rows, those of batch 0
         mine = number % shard[1] == shard[0]
-        work.see(number, rows if mine else [])
+        work.see(number, rows, mine)
         if mine and progress is not None:
             progress("tokens", work.tokens, 0)
         if time.perf_counter() - saved > save_every:
@@ -113,36 +111,39 @@ class Pass:
         if (folder / STATE).is_file():
             self._open()
 
-    def calibrate(self, rows: list[list[int]]) -> None:
+    def see(self, number: int, rows: list[list[int]], mine: bool = True) -> None:
+        """This takes in a batch, or passes it by where it was taken in before or belongs to another shard."""
+        self.digest.update(json.dumps(rows if mine else []).encode())
+        self.done = number + 1
+        if self.done == self.resume_at and self.digest.hexdigest() != self.digest_there:
+            self.refuse_texts()
+        mine = mine and number >= self.resume_at
+        first = not self.samples  # the ranges are those of batch 0, whichever shard it belongs to
+        if not (mine or first):
+            return
+        activations, where, loss = self._activations(rows)
+        if first:
+            self._calibrate(activations)
+        if mine:
+            self._take(number * self.question["batch"], rows, activations, where, loss)
+
+    def _calibrate(self, activations: dict[str, Tensor]) -> None:
         """This sets the ranges of every unit's activations, from a first batch."""
         asked, seed = self.question, self.question["seed"]
-        for site, acts in self._activations(rows)[0].items():
+        for site, acts in activations.items():
             self.samples[site] = Samples.of(acts, asked["levels"], asked["per_range"], seed)
             self.highest[site] = Highest(acts.shape[1], asked["k"])
             self.sums[site] = torch.zeros(5, acts.shape[1], dtype=torch.float64)
             self.sums[site][4] = float("-inf")
 
-    def see(self, number: int, rows: list[list[int]]) -> None:
-        """This takes in a batch, or passes it by where it was taken in before or belongs to another shard."""
-        self.digest.update(json.dumps(rows).encode())
-        self.done = number + 1
-        if self.done == self.resume_at and self.digest.hexdigest() != self.digest_there:
-            self.refuse_texts()
-        if not rows or number < self.resume_at:
-            return
-        size = self.question["context"]
-        first = number * self.question["batch"]
-        activations, where, loss = self._activations(rows)
-        where = where + first * size
+    def _take(
+        self, first: int, rows: list[list[int]], activations: dict[str, Tensor], where: Tensor, loss: list[list[float]]
+    ) -> None:
+        where = where + first * self.question["context"]
         for site, acts in activations.items():
             self.highest[site].add(acts, where)
             self.samples[site].add(acts, where)
-            sums = self.sums[site]
-            sums[0] += len(acts)
-            sums[1] += acts.sum(0)
-            sums[2] += torch.linalg.vector_norm(acts, dim=0).double().square()
-            sums[3] += (acts > 0).sum(0)
-            sums[4] = torch.maximum(sums[4], acts.amax(0))
+            _summed(self.sums[site], acts)
         self.tokens += len(where)
         self.held += [(first + i, row, loss[i]) for i, row in enumerate(rows)]
 
@@ -269,10 +270,21 @@ def _losses(out: Any, ids: Tensor) -> list[list[float]]:
         return nothing.tolist()
     if logits.dim() != 3:
         return nothing.tolist()
-    before = logits[:, :-1].float()
-    right = before.gather(-1, ids[:, 1:, None].to(before.device)).squeeze(-1)
-    nothing[:, 1:] = (before.logsumexp(-1) - right).cpu()
+    for i, (row, right) in enumerate(zip(logits[:, :-1], ids[:, 1:].to(logits.device))):
+        # A row at a time: what lies between logits and loss is then small, and need not be as large as the logits.
+        row = row.float()
+        nothing[i, 1:] = (row.logsumexp(-1) - row.gather(-1, right[:, None]).squeeze(-1)).cpu()
     return nothing.tolist()
+
+
+def _summed(sums: Tensor, activations: Tensor) -> None:
+    """This adds activations [tokens units] to the sums of their units, in pieces that a processor's cache holds."""
+    for piece in activations.split(256):
+        sums[0] += len(piece)
+        sums[1] += piece.sum(0)
+        sums[2] += piece.square().sum(0)
+        sums[3] += counted(piece > 0)
+        sums[4] = torch.maximum(sums[4], piece.amax(0))
 
 
 def token_sites(model: Model, at: str) -> list[str]:

@@ -24,6 +24,7 @@ from mechscope.causal.evidence import Column, Evidence, Row, Scores
 from mechscope.edits import unchanged
 from mechscope.errors import UnitsError
 from mechscope.tasks.intervals import mean_interval
+from mechscope.units.which import neuron_site, neuron_sites, which_unit
 
 if TYPE_CHECKING:
     from mechscope.models.model import Model
@@ -33,7 +34,10 @@ Neuron = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Knowledge:
-    """This is a fact's `neurons` (layer, neuron), and attributions [wording layer neuron] to its answer."""
+    """This is a fact's `neurons` (layer, neuron), and attributions [wording layer neuron] to its answer.
+
+    Neuron i of expert e is number e * d_mlp + i of its layer.
+    """
 
     answer: int
     neurons: tuple[Neuron, ...]
@@ -58,7 +62,7 @@ def knowledge_neurons(
     """
     if not wordings:
         raise UnitsError("a fact needs at least one wording; give a list of prompts that the answer completes")
-    token = _token(model, answer)
+    token = one_token(model, answer)
     found, before = [], []
     for row in model.ids(list(wordings)):
         attribution, probability = _attributed(model, row, token, steps)
@@ -102,7 +106,7 @@ def knowledge_effects(
         own = _changed(model, ids[name], fact.answer, fact.neurons)
         changes["own"].append(own)
         others = [_changed(model, ids[other], found[other].answer, fact.neurons) for other in rest]
-        drawn = [_changed(model, ids[name], fact.answer, _random(fact, generator)) for _ in range(controls)]
+        drawn = [_changed(model, ids[name], fact.answer, random_neurons(fact, generator)) for _ in range(controls)]
         changes["random"].append(_mean(drawn))
         if others:
             changes["others"].append(_mean(others))
@@ -124,7 +128,13 @@ def knowledge_effects(
         f"knowledge neurons of {len(rows)} facts in {model.name}",
         f"suppressing a fact's own neurons changes its probability by {own[0]:+.0%}, random ones by {control[0]:+.0%}",
         (Scores("mean over facts", columns, tuple(summary)), Scores("by fact", columns, tuple(rows))),
-        {"granularity": "neuron", "ablation": "zero, or twice", "positions": "last", "direction": "noising"},
+        {
+            "unit": which_unit(model, neuron_sites(model)),
+            "granularity": "neuron",
+            "ablation": "zero, or twice",
+            "positions": "last",
+            "direction": "noising",
+        },
         {
             **model.provenance(),
             "method": "knowledge_effects",
@@ -138,7 +148,7 @@ def knowledge_effects(
 
 def _attributed(model: Model, row: list[int], answer: int, steps: int) -> tuple[Tensor, float]:
     """This is the attribution [layer neuron] of one wording, and the answer's probability."""
-    sites = [f"{block.prefix}.mlp_post" for block in model.anatomy.layers()]
+    sites = [neuron_site(model, layer) for layer in range(model.n_layers)]
     with torch.no_grad():
         clean = model.run([row], save=[f"{site}[pos=-1]" for site in sites])
     probability = float(clean.logits[0, -1].float().softmax(-1)[answer])
@@ -155,7 +165,8 @@ def _attributed(model: Model, row: list[int], answer: int, steps: int) -> tuple[
         out = model.run(ids, save=key, edits={key: unchanged(scaled)}, grad=lambda logits: _probability(logits, answer))
         assert out.grad is not None
         found.append((post * out.grad[key].flatten(1).mean(0)).float().cpu())
-    return torch.stack(found), probability
+    widest = max(map(len, found))  # a layer of experts has more neurons than a dense one
+    return torch.stack([torch.nn.functional.pad(each, (0, widest - len(each))) for each in found]), probability
 
 
 def _probability(logits: Tensor, answer: int) -> Tensor:
@@ -171,13 +182,13 @@ def _changed(model: Model, rows: list[list[int]], answer: int, neurons: Sequence
     def times(factor: float) -> Tensor:
         def edit(index: list[int]):
             def change(post: Tensor) -> Tensor:
-                post = post.clone()
-                post[..., index] *= factor
-                return post
+                flat = post.flatten(1).clone()  # the neurons of all experts side by side, where there are experts
+                flat[:, index] *= factor
+                return flat.view_as(post)
 
             return unchanged(change)
 
-        edits = {f"blocks.{layer}.mlp_post[pos=-1]": edit(index) for layer, index in by_layer.items()}
+        edits = {f"{neuron_site(model, layer)}[pos=-1]": edit(index) for layer, index in by_layer.items()}
         with torch.no_grad():
             outs = [model.run([row], edits=edits if factor != 1 else None) for row in rows]
         return torch.stack([out.logits[0, -1].float().softmax(-1)[answer] for out in outs])
@@ -186,7 +197,7 @@ def _changed(model: Model, rows: list[list[int]], answer: int, neurons: Sequence
     return tuple(float(((times(factor) - before) / before).mean()) for factor in (0.0, 2.0))  # type: ignore
 
 
-def _random(fact: Knowledge, generator: torch.Generator) -> list[Neuron]:
+def random_neurons(fact: Knowledge, generator: torch.Generator) -> list[Neuron]:
     """This is as many other neurons, of the same layers."""
     size, taken, drawn = fact.attributions.shape[-1], set(fact.neurons), []
     for layer, _ in fact.neurons:
@@ -197,7 +208,7 @@ def _random(fact: Knowledge, generator: torch.Generator) -> list[Neuron]:
     return drawn
 
 
-def _token(model: Model, answer: str | int) -> int:
+def one_token(model: Model, answer: str | int) -> int:
     if isinstance(answer, int):
         return answer
     ids = model.tokenizer(answer, add_special_tokens=False)["input_ids"]

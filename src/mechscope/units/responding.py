@@ -9,7 +9,9 @@
 
 Voita, Ferrando & Nalmpantis 2023 (arXiv:2309.04827), who use ReLU networks, where active means above 0. Elsewhere a
 neuron is hardly ever exactly 0, and `above` says what counts as active, as a share of the highest activation on the
-first batch. In a gated MLP the unit is the product of gate and linear factor (`mlp_post`); `at` names another site.
+first batch. In a gated MLP the unit is the product of gate and linear factor (`mlp_post`); `at` names another site:
+the gate (`mlp_pre`), or the neurons of experts (`expert_post`), which are 0, so not active, where the router did not
+send the token: a dead one is then never sent what it would respond to, or does not respond to it.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from mechscope.errors import UnitsError
 from mechscope.models.stream import contexts
 from mechscope.units.harvesting import batches, token_sites
 from mechscope.units.highest import places
+from mechscope.units.which import which_unit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,7 +82,8 @@ def responses(
         raise UnitsError("there is no text to look at: the corpus is empty, or has nothing but special tokens.")
     names = [f"{site}[{unit}]" for site, size in zip(sites, counts.sizes) for unit in range(size)]
     options = {"at": at, "above": above, "context": context, "batch": batch, "seed": seed}
-    provenance = {**model.provenance(), "options": options, "tokens": counts.tokens}
+    choices = {"unit": which_unit(model, at), "active": f"above {above:g} of the greatest activation of a first batch"}
+    provenance = {**model.provenance(), "options": options, "tokens": counts.tokens, "choices": choices}
     tokens = counts.triggers(counts.pairs, counts.of_token)
     bigrams = counts.triggers(counts.triples, counts.of_bigram)
     strings = model.strings if model.tokenizer is not None else lambda row: [str(i) for i in row]
@@ -91,6 +95,7 @@ def responses(
         {unit: strings(found) for unit, found in tokens.items()},
         {unit: [" ".join(_pair(strings, code, model.d_vocab)) for code in found] for unit, found in bigrams.items()},
         provenance,
+        tokens,
     )
 
 
@@ -98,7 +103,8 @@ def responses(
 class Responses:
     """This is when every unit is active: `active` [unit] is the share of tokens, `information` [unit] in nats.
 
-    chance: [unit], the information about positions handed out at random. tokens, bigrams: unit -> what triggers it.
+    chance: [unit], the information about positions handed out at random. tokens, bigrams: unit -> what triggers it,
+    as text; triggers: the ids of `tokens`.
     """
 
     names: list[str]
@@ -108,7 +114,13 @@ class Responses:
     tokens: dict[int, list[str]]
     bigrams: dict[int, list[str]]
     provenance: dict[str, Any] = field(default_factory=dict)
+    triggers: dict[int, list[int]] = field(default_factory=dict)
     kind: str = field(default="responses", init=False)
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """This is what was chosen: which tensor a unit is, in a gated MLP and of experts, and what counts as active."""
+        return self.provenance.get("choices", {})
 
     @cached_property
     def kinds(self) -> list[str]:
@@ -153,13 +165,15 @@ class Responses:
         tensors = {"active": self.active, "information": self.information, "chance": self.chance}
         header = {"names": self.names, "provenance": self.provenance}
         header |= {"tokens": list(self.tokens.items()), "bigrams": list(self.bigrams.items())}
+        header["triggers"] = list(self.triggers.items())
         return tensors, header
 
     @classmethod
     def from_parts(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Responses:
         tokens, bigrams = ({int(unit): said for unit, said in header[name]} for name in ("tokens", "bigrams"))
+        triggers = {int(unit): ids for unit, ids in header.get("triggers", ())}
         active, information, chance = (tensors[name] for name in ("active", "information", "chance"))
-        return cls(header["names"], active, information, chance, tokens, bigrams, header["provenance"])
+        return cls(header["names"], active, information, chance, tokens, bigrams, header["provenance"], triggers)
 
     def save(self, path: str | Path) -> Path:
         """This writes the result to one file, which `ms.open` reads back."""

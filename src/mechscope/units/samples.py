@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechscope.units.highest import in_order, places
+from mechscope.units.highest import places, quantiles, tables
 
 
 class Samples:
@@ -40,9 +40,8 @@ class Samples:
     @classmethod
     def of(cls, activations: Tensor, levels: Sequence[float], r: int, seed: int = 0) -> Samples:
         """This is empty samples whose ranges lie between the quantiles of activations [tokens units], at `levels`."""
-        ranks = [max(1, min(len(activations), round(level * len(activations)))) for level in levels]
-        edges = torch.stack([activations.kthvalue(rank, 0).values for rank in ranks], 1)
-        return cls(edges.float(), r, seed)
+        ranks = [max(1, min(len(activations), round(level * len(activations)))) - 1 for level in levels]
+        return cls(quantiles(activations.float(), ranks), r, seed)
 
     def add(self, activations: Tensor, where: Tensor) -> None:
         """This takes in activations [tokens units] of the tokens numbered `where` [tokens]."""
@@ -62,10 +61,9 @@ class Samples:
 
     def join(self, other: Samples) -> None:
         """This takes in what another, of the same edges and seed, has drawn from other tokens."""
+        every = torch.arange(len(self.keys))
         for i in range(self.keys.shape[1]):
-            filled = other.where[:, i] >= 0
-            unit, _ = filled.nonzero(as_tuple=True)
-            self._merge(i, unit, other.values[:, i][filled], other.where[:, i][filled], other.keys[:, i][filled])
+            self._keep(i, every, other.keys[:, i], other.values[:, i], other.where[:, i])
 
     def _range(self, i: int) -> tuple[Tensor, Tensor]:
         infinite = torch.full((len(self.edges),), float("inf"))
@@ -76,22 +74,21 @@ class Samples:
     def _offer(self, i: int, activations: Tensor, where: Tensor, key: Tensor, tokens: Tensor, units: Tensor) -> None:
         some = activations[tokens] if len(units) == activations.shape[1] else activations[tokens[:, None], units]
         low, high = (edge[units] for edge in self._range(i))
-        token, unit = places((some >= low) & (some < high) & (key[tokens][:, None] < self.keys[units, i, -1]))
+        token, column = places((some >= low) & (some < high) & (key[tokens][:, None] < self.keys[units, i, -1]))
         if len(token):
-            self._merge(i, units[unit], some[token, unit], where[tokens[token]], key[tokens[token]])
+            unit, key = units[column], key[tokens[token]]
+            parts = [(key, 2.0), (some[token, column], 0.0), (where[tokens[token]], -1)]
+            # Tokens come in the order of their keys: after the first r of a unit no more can stay.
+            changed, new = tables(unit, parts, self.keys.shape[2])
+            self._keep(i, changed, *new)
 
-    def _merge(self, i: int, unit: Tensor, value: Tensor, where: Tensor, key: Tensor) -> None:
-        changed, r = unit.unique(), self.keys.shape[2]
-        unit = torch.cat([changed.repeat_interleave(r), unit])
-        value = torch.cat([self.values[changed, i].flatten(), value.to(self.values.dtype)])
-        where = torch.cat([self.where[changed, i].flatten(), where])
-        key = torch.cat([self.keys[changed, i].flatten(), key])
-        order = in_order(unit, key)
-        unit, value, where, key = unit[order], value[order], where[order], key[order]
-        place = torch.arange(len(unit)) - torch.searchsorted(unit, unit)
-        kept = place < r
-        at = unit[kept], i, place[kept]
-        self.values[at], self.where[at], self.keys[at] = value[kept], where[kept], key[kept]
+    def _keep(self, i: int, units: Tensor, key: Tensor, value: Tensor, where: Tensor) -> None:
+        """This keeps of range i the smallest keys of units [n], among the old ones and new ones [n m]."""
+        key = torch.cat([self.keys[units, i], key], 1)
+        order = key.argsort(dim=1, stable=True)[:, : self.keys.shape[2]]
+        self.keys[units, i] = key.gather(1, order)
+        for held, new in ((self.values, value), (self.where, where)):
+            held[units, i] = torch.cat([held[units, i], new.to(held.dtype)], 1).gather(1, order)
 
 
 def keys(where: Tensor, seed: int) -> Tensor:

@@ -55,7 +55,7 @@ def successor_heads(
     started = time.perf_counter()
     known: dict[str, list[int]] = {}
     for name, members in (SEQUENCES if sequences is None else sequences).items():
-        run = _tokens(model, members)
+        run = member_ids(model, members)
         if len(run) >= FEWEST:
             known[name] = run
     if not known:
@@ -97,7 +97,7 @@ def successor_heads(
     return Heads(kinds, choices, provenance, cost)
 
 
-def _tokens(model: Model, members: Sequence[str] | Sequence[int]) -> list[int]:
+def member_ids(model: Model, members: Sequence[str] | Sequence[int]) -> list[int]:
     """This is the ids of the longest run of members that are one token each."""
     if all(isinstance(member, int) for member in members):
         return [int(member) for member in members]

@@ -76,17 +76,17 @@ def copy_suppression(
     with torch.no_grad():
         clean = model.run(ids, save=[*save, last])
         prove_keys(model, sorted({layer for layer, _ in heads}), clean)
-    directions = _directions(model, ids, clean[last])
+    toward = directions(model, ids, clean[last])
     table: list[Row] = []
     shares: dict[str, float] = {}
     kept: dict[str, Tensor] = {}
     for layer, head in heads:
         name = f"{layer}.{head}"
-        predicted = _predicted(model, clean[f"blocks.{layer}.resid_pre"], ids)
+        predicted = predicted_by_lens(model, clean[f"blocks.{layer}.resid_pre"], ids)
         looked = _percentiles(clean[f"blocks.{layer}.pattern"][:, head], predicted)
         whole = _divergence(model, ids, clean, layer, head, None)
         for control in (False, True):
-            along = directions.roll(1, 1) if control else directions
+            along = toward.roll(1, 1) if control else toward
             instead = Preserved(along, predicted.roll(1, 2) if control else predicted, share)
             lost = _divergence(model, ids, clean, layer, head, instead)
             kept[f"{name}{' exchanged' if control else ''}"] = torch.stack([lost, whole])
@@ -202,7 +202,7 @@ def _own_logits(model: Model, ids: Tensor, seed: int) -> Tensor:
     return (below <= LOWEST * (len(tokens) - 1)).float().mean(-1)
 
 
-def _predicted(model: Model, stream: Tensor, ids: Tensor) -> Tensor:
+def predicted_by_lens(model: Model, stream: Tensor, ids: Tensor) -> Tensor:
     """This is what the logit lens gives each of a row's tokens at each position [row query key]."""
     with torch.no_grad():
         return model.readout.norm(stream) @ model.readout.direction(ids).mT
@@ -216,7 +216,7 @@ def _percentiles(pattern: Tensor, predicted: Tensor) -> Tensor:
     return ((below.sum(-1) - 0.5) / (seen.sum(-1) - 1).clamp(min=1))[:, 1:].mean(-1).cpu()
 
 
-def _directions(model: Model, ids: Tensor, stream: Tensor) -> Tensor:
+def directions(model: Model, ids: Tensor, stream: Tensor) -> Tensor:
     """This is the unit direction of the stream along which each token's own logit rises most [row pos d_model]."""
     tokens, where = ids.unique(return_inverse=True)
     at = stream[:1, -1].expand(len(tokens), -1)

@@ -84,19 +84,33 @@ def head_effects(
     )
 
 
-def over_represented(importance: Tensor, members: Tensor, seed: int = 0) -> tuple[float, float]:
+def over_represented(
+    importance: Tensor, members: Tensor, seed: int = 0, within: Tensor | None = None, ranks: bool = False
+) -> tuple[float, float]:
     """This is how much more the members matter than the mean head, and the chance that random ones do as much.
 
-    importance: [n]; members: bool [n]. p counts the draw that was made, so it is never 0 (Phipson and Smyth 2010).
+    importance: [n]; members: bool [n]. within: [n], the group of each head, such as its model: as many heads of every
+    group are then drawn as are members of it. ranks: whether heads are compared by their place in their group, from 0
+    for the least important to 1 for the most, instead of by size, of which one head may have nearly all. p counts the
+    draw that was made, so it is never 0 (Phipson and Smyth 2010).
 
     >>> over_represented(torch.tensor([5.0, 5.0, 0.0, 0.0]), torch.tensor([True, True, False, False]))[0]
     2.5
     """
     generator = torch.Generator().manual_seed(seed)
-    count, mine = int(members.sum()), float(importance[members].mean())
-    draws = torch.rand(DRAWS, len(importance), generator=generator).argsort(1)[:, :count]
-    chance = importance[draws].mean(1)
-    return mine - float(importance.mean()), float(((chance >= mine - 1e-9).sum() + 1) / (DRAWS + 1))
+    groups = torch.zeros(len(importance), dtype=torch.long) if within is None else within
+    mine, mean, chance, count = 0.0, 0.0, torch.zeros(DRAWS), int(members.sum())
+    for group in groups.unique():
+        here, of = importance[groups == group], members[groups == group]
+        if ranks:
+            here = here.argsort().argsort().float() / max(1, len(here) - 1)
+        n = int(of.sum())
+        draws = torch.rand(DRAWS, len(here), generator=generator).argsort(1)[:, :n]
+        mine += float(here[of].sum())
+        mean += n * float(here.mean())
+        chance += here[draws].sum(1)
+    p = ((chance >= mine - 1e-6).sum() + 1) / (DRAWS + 1)
+    return (mine - mean) / count, float(p)
 
 
 def _by_kind(kinds: Heads, lost: dict[str, Tensor], unit: str, seed: int) -> Scores:

@@ -24,6 +24,7 @@ from mechscope import store
 from mechscope.errors import UnitsError
 from mechscope.models.stream import contexts
 from mechscope.units.harvesting import batches, token_sites
+from mechscope.units.which import which_unit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,6 +74,11 @@ def universal(
     best, partner, chance = zip(*(pair.best(seed) for pair in pairs))
     names = [f"{site}[{unit}]" for site, size in zip(mine, pairs[0].sizes) for unit in range(size)]
     provenance = {**model.provenance(), "others": [other.provenance() for other in others]}
+    provenance["choices"] = {
+        "unit": which_unit(model, at),
+        "baseline": "rotated layers",
+        "universal": f"above {UNIVERSAL}",
+    }
     options = {"at": at, "context": context, "batch": batch, "seed": seed, "tokens": pairs[0].count}
     return Universal(
         names, torch.stack(best), torch.stack(partner), torch.stack(chance), {**provenance, "options": options}
@@ -92,6 +98,11 @@ class Universal:
     chance: Tensor
     provenance: dict[str, Any] = field(default_factory=dict)
     kind: str = field(default="universal-units", init=False)
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """This is what was chosen: which tensor a unit is, the baseline, and the excess from which it is universal."""
+        return self.provenance.get("choices", {})
 
     @property
     def excess(self) -> Tensor:

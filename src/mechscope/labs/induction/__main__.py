@@ -1,4 +1,4 @@
-"""The command `python -m mechscope.labs.induction`: train the model and its one-layer control, and draw the run.
+"""The command `python -m mechscope.labs.induction`: train the model and its one-layer controls, and draw the run.
 
 A run that was stopped continues when the command is given again; of a finished one only the picture is drawn anew.
 """
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from mechscope.labs.toy import ToyTransformer
     from mechscope.labs.training import Progress
 
-KEPT = {lab.NAME: 14, lab.CONTROL: 3}
+KEPT = {lab.NAME: 14, lab.CONTROL: 3, lab.SMEARED: 0}
 """How many checkpoints of each run are kept: as many as three megabytes hold."""
+HALF = {lab.SMEARED}
+"""The models that ship in half precision."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         made, path = lab.trained(recipe, work, given.out / f"{lab.NAME}.html", _report)
         if given.ship:
             command = shlex.join(["python", "-m", "mechscope.labs.induction", f"--seed={given.seed}", "--ship"])
-            for name, one in lab.both(recipe).items():
+            for name, one in lab.every(recipe).items():
                 _ship(name, one, *made[name], work / name, command)
     except MechscopeError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -80,10 +82,10 @@ def _ship(name: str, recipe: Recipe, model: ToyTransformer, progress: Progress, 
     """This writes a model to the zoo with its record, and its kept steps in half precision to the checkpoints."""
     from mechscope.labs.toy import ToyTransformer
 
-    folder = shelf.write(shelf.ZOO / name, model)
+    folder = shelf.write(shelf.ZOO / name, model, dtype=torch.float16 if name in HALF else torch.float32)
     shelf.record(folder, command, recipe.to_dict(), progress, progress.figures[-1])
     shutil.rmtree(shelf.CHECKPOINTS / name, ignore_errors=True)
-    for step in kept_steps(progress.figures, KEPT[name]):
+    for step in kept_steps(progress.figures, KEPT[name]) if KEPT[name] else ():
         snapshot = ToyTransformer.from_pretrained(work / f"step-{step:05d}")
         shelf.write(shelf.CHECKPOINTS / name / f"step-{step:05d}", snapshot, dtype=torch.float16)
 

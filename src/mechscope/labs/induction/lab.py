@@ -1,8 +1,8 @@
 """The laboratory of induction: the evidence on the shipped models and on their controls, and the run with its plot.
 
-Shipped are the last weights of the two-layer model and of a one-layer one of the same recipe, the control. The other
-control is the two-layer model before its first step. Beside each, `training.json` holds the measures of `measures` over
-its run.
+Shipped are the last weights of the two-layer model and of a one-layer one of the same recipe, the control; and of one
+layer with smeared keys, which has what the control lacks. The other control is the two-layer model before its first
+step. Beside each, `training.json` holds the measures of `measures` over its run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 NAME = "induction"
 CONTROL = f"{NAME}-1l"
+SMEARED = f"{CONTROL}-smeared"
+"""One layer whose keys may be mixed with the ones before them: what the second layer is needed for, given for nothing."""
 
 
 def made(name: str) -> dict[str, Any]:
@@ -61,6 +63,7 @@ def check() -> Iterator[Fact]:
     yield from course_facts(made(NAME)["losses"])
     for who, control in (("one layer", shelf.load(CONTROL)), ("untrained", untrained())):
         yield from absent_facts(measures(control, recipe()), f"control, {who}")
+    yield from smeared_facts(made(SMEARED)["losses"], measures(shelf.load(SMEARED), recipe(SMEARED)))
 
 
 def pair(row: Row) -> tuple[str, str]:
@@ -126,6 +129,25 @@ def course_facts(rows: Sequence[Row]) -> Iterator[Fact]:
     yield Fact("its halfway step from that of the in-context score, of the run", abs(rise - fall) / steps, at_most=0.05)
 
 
+def smeared_facts(rows: Sequence[Row], row: Row) -> Iterator[Fact]:
+    """This yields what is known of one layer with smeared keys: induction, as suddenly, where one layer had none.
+
+    Olsson et al. 2022 predicted it: with the token before mixed into every key, an induction head needs no other head.
+    """
+    from mechscope.labs.induction.measures import crossing, ranked
+
+    who = "one layer, smeared keys"
+    (after, score), *_ = ranked(row, "induction")
+    name, steps = f"induction {after}", rows[-1]["step"]
+    width = crossing(rows, name, 0.9) - crossing(rows, name, 0.1)
+    apart = abs(crossing(rows, name, 0.5) - crossing(rows, "in-context score", 0.5))
+    yield Fact(f"{who}: loss on the second copy, nats", row["loss, second copy"], at_most=0.5)
+    yield Fact(f"{who}: induction score of head {after}", score, at_least=0.4)
+    yield Fact(f"{who}: in-context score, nats", row["in-context score"], at_most=-2.5)
+    yield Fact(f"{who}: share of the run in which that rises from a tenth to nine", width / steps, at_most=0.25)
+    yield Fact(f"{who}: its halfway step from that of the in-context score, of the run", apart / steps, at_most=0.05)
+
+
 def absent_facts(row: Row, who: str) -> Iterator[Fact]:
     """This yields the same of a model without induction heads, of which none of it may hold."""
     from mechscope.labs.induction.measures import ranked
@@ -139,21 +161,22 @@ def absent_facts(row: Row, who: str) -> Iterator[Fact]:
 
 
 def run(out: Path, report: Report) -> Path:
-    """This trains the model and its control, or continues where `out`/work stands, and draws the phase change."""
+    """This trains the model and its controls, or continues where `out`/work stands, and draws the phase change."""
     from mechscope.labs.induction.train import Recipe
 
     return trained(Recipe(), out / "work", out / f"{NAME}.html", report)[1]
 
 
-def both(recipe: Recipe) -> dict[str, Recipe]:
-    """This is the recipes of the model and of its control, by their shipped names."""
-    return {NAME: recipe, CONTROL: replace(recipe, n_layers=1)}
+def every(recipe: Recipe) -> dict[str, Recipe]:
+    """This is the recipes of the model, of its control and of the control with smeared keys, by their shipped names."""
+    control = replace(recipe, n_layers=1)
+    return {NAME: recipe, CONTROL: control, SMEARED: replace(control, smeared_keys=True)}
 
 
 def trained(
     recipe: Recipe, work: Path, path: Path, report: Report
 ) -> tuple[dict[str, tuple[ToyTransformer, Progress]], Path]:
-    """This trains both models in the folder `work`, or continues there, measures their runs and draws them at `path`.
+    """This trains every model in the folder `work`, or continues there, measures their runs and draws them at `path`.
 
     Returns each model with its progress, whose figures are the measures, by its shipped name; and the path.
     """
@@ -162,11 +185,11 @@ def trained(
     from mechscope.labs.induction.train import train
 
     made = {}
-    for name, one in both(recipe).items():
+    for name, one in every(recipe).items():
         model, progress = train(one, work / name, on_measured=lambda step: report("training", step, recipe.steps))
         rows = history(kept(work / name), one)
         made[name] = model, replace(progress, figures=rows)
-    return made, draw(made[NAME][1].figures, made[CONTROL][1].figures, path)
+    return made, draw(*(made[name][1].figures for name in (NAME, CONTROL, SMEARED)), path=path)
 
 
 def kept(folder: Path) -> Iterator[tuple[int, Model]]:
@@ -181,7 +204,7 @@ LABS = (
     Lab(
         NAME,
         "trained",
-        "2 layers of 4 heads, width 64, no MLP; a one-layer control; 48 tokens",
+        "2 layers of 4 heads, width 64, no MLP; a one-layer control, and one with smeared keys; 48 tokens",
         "a previous-token head, an induction head that reads it by K-composition; a phase change; a control without",
         check,
         run,

@@ -9,8 +9,8 @@ from mechscope.labs import plot
 from mechscope.labs.induction.measures import Row, crossing, ranked
 
 
-def draw(rows: Sequence[Row], control: Sequence[Row], path: Path) -> Path:
-    """This draws the rows of the two-layer run beside those of the one-layer run and returns the page's path."""
+def draw(rows: Sequence[Row], control: Sequence[Row], smeared: Sequence[Row], path: Path) -> Path:
+    """This draws the rows of the two-layer run beside those of the one-layer runs, the last with smeared keys."""
 
     def over(of: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
         return [row["step"] for row in of], [row[name] for row in of]
@@ -21,14 +21,17 @@ def draw(rows: Sequence[Row], control: Sequence[Row], path: Path) -> Path:
             "first copy": over(rows, "loss, first copy"),
             "second copy": over(rows, "loss, second copy"),
             "second copy, one layer": over(control, "loss, second copy"),
+            "second copy, one layer, smeared keys": over(smeared, "loss, second copy"),
         },
         "in-context score, nats": {
             "two layers": over(rows, "in-context score"),
             "one layer": over(control, "in-context score"),
+            "one layer, smeared keys": over(smeared, "in-context score"),
         },
         "score of each head": {
             **{f"previous token, {head}": over(rows, f"previous token {head}") for head, _ in heads(last)[:2]},
             **{f"induction, {head}": over(rows, f"induction {head}") for head, _ in heads(last)[2:]},
+            "induction, one layer, smeared keys": over(smeared, f"induction {ranked(smeared[-1], 'induction')[0][0]}"),
             "induction, one layer": over(control, f"induction {ranked(control[-1], 'induction')[0][0]}"),
         },
         "K-composition of pairs": {

@@ -45,6 +45,7 @@ class Recipe:
     embedding_lr: float = 3e-3
     attention_size: float = 0.1  # standard deviation of the first head's weights at the beginning
     warmup: int = 100
+    smeared_keys: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,7 +53,8 @@ class Recipe:
     def measured(self) -> list[int]:
         """This is the steps whose models are kept and measured: close together while the heads form."""
         eighth, steps = self.steps // 8, range(0, self.steps + 1)
-        dense = steps[3 * eighth : 6 * eighth : max(1, self.steps // 40)]
+        first, last = (eighth, 2 * eighth) if self.smeared_keys else (3 * eighth, 6 * eighth)
+        dense = steps[first : last + 1 : max(1, self.steps // (80 if self.smeared_keys else 40))]
         return sorted({*steps[:: max(1, eighth)], *dense, self.steps})
 
 
@@ -68,6 +70,7 @@ def new_model(recipe: Recipe) -> ToyTransformer:
         num_attention_heads=recipe.n_heads,
         head_dim=recipe.d_head,
         max_position_embeddings=recipe.total,
+        smeared_keys=recipe.smeared_keys,
     )
     sizes = recipe.attention_size * 0.25 ** torch.arange(recipe.n_heads).repeat_interleave(recipe.d_head)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

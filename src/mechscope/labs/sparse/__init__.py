@@ -9,19 +9,22 @@
     sparse.chance(found, data.atoms)                     # what shuffled entries reach: the control
     sparse.PlantedMap(data, n_units=64, fan_in=2)        # x and y with the units between them
     sparse.Sites(data, n_sites=2, shared=0.5)            # the same codes in several spaces
+    sparse.Manifold(d=32, kind="circle")                 # places on circles or spheres instead of directions
 
 `python -m mechscope.labs.sparse` draws the structures and what scikit-learn recovers of them.
 """
 
+from mechscope.dictionaries.evaluating.recovery import Match, chance, cosines, matched_cosine, mean_max_cosine
 from mechscope.labs.sparse.generator import STRUCTURES, Batch, Sparse
 from mechscope.labs.sparse.lab import LABS, check, run
+from mechscope.labs.sparse.manifold import Manifold
 from mechscope.labs.sparse.paired import Mapped, PlantedMap, Seen, Sites
-from mechscope.labs.sparse.recovery import Match, chance, cosines, matched_cosine, mean_max_cosine
 
 __all__ = [
     "LABS",
     "STRUCTURES",
     "Batch",
+    "Manifold",
     "Mapped",
     "Match",
     "PlantedMap",

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mechscope.dictionaries.evaluating.recovery import chance, cosines, matched_cosine, mean_max_cosine
 from mechscope.labs.lab import Fact, Lab, Report
 from mechscope.labs.sparse.generator import STRUCTURES, Sparse
 from mechscope.labs.sparse.paired import PlantedMap, Sites
-from mechscope.labs.sparse.recovery import chance, cosines, matched_cosine, mean_max_cosine
 from mechscope.labs.sparse.reference import ica, online, shuffled
 
 SAMPLES = 20_000

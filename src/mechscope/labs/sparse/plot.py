@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mechscope.dictionaries.evaluating.recovery import chance, cosines, matched_cosine
 from mechscope.labs import plot
 from mechscope.labs.lab import Report, silent
 from mechscope.labs.sparse.generator import STRUCTURES
 from mechscope.labs.sparse.lab import SAMPLES, correlation, example
-from mechscope.labs.sparse.recovery import chance, cosines, matched_cosine
 from mechscope.labs.sparse.reference import online
 
 SHOWN = 16

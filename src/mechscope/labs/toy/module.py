@@ -37,6 +37,7 @@ class ToyConfig(PreTrainedConfig):
     attention_scale: what scores are multiplied by; 1 / sqrt(head_dim) unless given.
     output_size: the number of logits; the vocabulary's unless given.
     mask_padding: whether keys at `pad_token_id` are hidden from attention even without an attention mask.
+    smeared_keys: whether a head may mix each key with the one before it (Olsson et al. 2022), by a learned share.
     readout: the one position whose logits are returned, [batch 1 output]; all positions, [batch pos output], unless
         given.
 
@@ -70,6 +71,7 @@ class ToyConfig(PreTrainedConfig):
         output_size: int | None = None,
         mask_padding: bool = False,
         readout: int | None = None,
+        smeared_keys: bool = False,
         initializer_range: float = 0.02,
         **kwargs: Any,
     ):
@@ -92,8 +94,9 @@ class ToyConfig(PreTrainedConfig):
         self.output_size = vocab_size if output_size is None else output_size
         self.mask_padding = mask_padding
         self.readout = readout
+        self.smeared_keys = smeared_keys
         self.initializer_range = initializer_range
-        self.use_cache = kwargs.pop("use_cache", causal)
+        self.use_cache = kwargs.pop("use_cache", causal and not smeared_keys)
         for name in (self.norm, self.final_norm):
             if name not in NORMS:
                 raise LoadError(f"no norm {name!r}{did_you_mean(name, NORMS)}; there are {', '.join(NORMS)}")
@@ -109,7 +112,7 @@ class ToyBlock(GradientCheckpointingLayer):
     def __init__(self, config: ToyConfig, layer: int):
         super().__init__()
         self.attn_norm = make_norm(config.norm, config)
-        self.attn = Attention(config, layer, config.causal, config.attention_bias)
+        self.attn = Attention(config, layer, config.causal, config.attention_bias, config.smeared_keys)
         self.mlp_norm = make_norm(config.norm, config) if config.intermediate_size else None
         self.mlp = MLP(config) if config.intermediate_size else None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -19,10 +20,10 @@ class Attention(nn.Module):
     """This is multi-head attention whose heads have any width.
 
     The configuration has hidden_size, num_attention_heads, head_dim, and attention_scale: what scores are multiplied
-    by, or None for 1 / sqrt(head_dim).
+    by, or None for 1 / sqrt(head_dim). smeared_keys: whether each key is mixed with the one before it.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer: int, causal: bool, bias: bool):
+    def __init__(self, config: PreTrainedConfig, layer: int, causal: bool, bias: bool, smeared_keys: bool = False):
         super().__init__()
         width = config.num_attention_heads * config.head_dim
         self.config, self.layer_idx, self.head_dim = config, layer, config.head_dim
@@ -33,6 +34,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        # Olsson et al. 2022: keys are s k[j] + (1 - s) k[j - 1], s = sigmoid of one number a head.
+        self.smear = nn.Parameter(torch.zeros(config.num_attention_heads)) if smeared_keys else None
 
     def forward(
         self,
@@ -45,6 +48,10 @@ class Attention(nn.Module):
             project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.smear is not None:
+            assert past_key_values is None, "smeared keys are not cached: a key needs the one before it"
+            own = self.smear.sigmoid()[:, None, None]
+            key = own * key + (1 - own) * torch.cat([key[:, :, :1], key[:, :, :-1]], 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)

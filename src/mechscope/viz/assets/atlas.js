@@ -29,7 +29,8 @@ PANELS.atlas = (article, doc) => {
   });
 };
 
-// The search: "3.2" and "neuron 3.217" name one; a kind's name gives its heads; anything else is sought in tokens.
+// The search: "3.2" and "neuron 3.217" name one, "head 3" and "layer 3" the heads of a layer; a kind's name gives its
+// heads; anything else is sought in the tokens that neurons respond to and promote and that heads write on the prompts.
 
 const FOUND = 40;
 
@@ -41,6 +42,8 @@ function finder(doc, go) {
     promotes: (neuron.promotes || []).map(([token]) => token),
     suppresses: (neuron.suppresses || []).map(([token]) => token),
   }));
+  const writtenBy = names.map(({ row, head }) => [...new Set(doc.prompts.flatMap((prompt) => (prompt.writes ? prompt.writes[row][head] : []).flatMap(([, , tokens]) => tokens.map(([token]) => token))))]);
+  const headRow = (which, about) => ({ what: `head ${names[which].name}`, about, go: () => go.head(which) });
   let rows = [], at = 0;
   const list = el("div", { class: "found", role: "listbox", id: "found", "aria-label": "Found", hidden: true });
   const input = el("input", {
@@ -71,22 +74,32 @@ function finder(doc, go) {
       else if (neuron) found.push({ what: `neuron ${name}`, about: `is not on this page; make it with --neurons ${name}` });
       return found;
     }
-    names.forEach((head, which) => {
+    const whole = asked.match(/^(?:heads?|layer)(?:\s+(\d+)\s*\.?)?$/);
+    if (whole) {
+      const of = names.map((_, which) => which).filter((which) => whole[1] === undefined || names[which].name.startsWith(`${whole[1]}.`));
+      of.sort((a, b) => (kindsOf(doc, b).length > 0) - (kindsOf(doc, a).length > 0) || a - b);
+      return of.map((which) => headRow(which, kindsOf(doc, which).join(", ") || "of no kind"));
+    }
+    names.forEach((_, which) => {
       const kinds = kindsOf(doc, which).filter((kind) => kind.toLowerCase().includes(asked));
-      if (kinds.length) found.push({ what: `head ${head.name}`, about: kinds.join(", "), size: scoreOf(doc, kinds[0], which), go: () => go.head(which) });
+      if (kinds.length) found.push({ ...headRow(which, kinds.join(", ")), size: scoreOf(doc, kinds[0], which) });
     });
     found.sort((a, b) => b.size - a.size);
-    const [responds, writes] = [[], []];
+    const [responds, writes, heads] = [[], [], []];
+    const fits = (token) => (asked.length < 2 ? text(token).trim() === asked : text(token).includes(asked));
     doc.neurons.forEach((neuron, i) => {
       const row = (how, token) => ({ what: `neuron ${neuron.name}`, about: [`${how} `, tokenMark(token)], go: () => go.neuron(i) });
       const { peaks, promotes, suppresses } = tokensOf[i];
-      const fits = (token) => (asked.length < 2 ? text(token).trim() === asked : text(token).includes(asked));
       const peak = peaks.find(fits), up = promotes.find(fits), down = suppresses.find(fits);
       if (peak !== undefined) responds.push(row("responds to", peak));
       else if (up !== undefined) writes.push(row("promotes", up));
       else if (down !== undefined) writes.push(row("suppresses", down));
     });
-    return [...found, ...responds, ...writes];
+    writtenBy.forEach((tokens, which) => {
+      const token = tokens.find(fits);
+      if (token !== undefined) heads.push(headRow(which, ["writes ", tokenMark(token)]));
+    });
+    return [...found, ...responds, ...writes, ...heads];
   }
   function mark() {
     list.querySelectorAll("[role=option]").forEach((row, i) => { row.setAttribute("aria-selected", i === at); if (i === at) row.scrollIntoView({ block: "nearest" }); });
@@ -98,7 +111,7 @@ function finder(doc, go) {
     input.setAttribute("aria-expanded", String(!list.hidden));
     list.replaceChildren(...rows.map((row) => el("div", { role: "option", onmousedown: () => { if (row.go) row.go(); close(); } }, el("code", {}, row.what), el("span", {}, row.about))),
       ...(all.length > FOUND ? [el("p", {}, `and ${count(all.length - FOUND)} more`)] : []),
-      ...(all.length ? [] : [el("p", {}, "Nothing on this page has that in its name, its kinds, the tokens it responds to or the tokens it promotes.")]));
+      ...(all.length ? [] : [el("p", {}, "Nothing on this page has that in its name, its kinds, the tokens it responds to or the tokens it promotes or writes.")]));
     rows = rows.filter((row) => row.go);
     mark();
   }

@@ -1,0 +1,99 @@
+"""Dictionaries: a site's vectors as sparse sums of features. Architectures, one training loop, files, evaluation.
+
+    sae = ms.dictionaries.train(ms.dictionaries.TopK(768, 24_576, k=32), model.stream(texts, at="blocks.8.resid_post"))
+    sae.save("sae.safetensors")
+    model.run("I think", edits={"blocks.8.resid_post": ms.unchanged(sae.splice(error=True))})
+
+Names are fetched when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mechscope.dictionaries.activations import Activations, store_activations
+    from mechscope.dictionaries.batch_topk import BatchTopK
+    from mechscope.dictionaries.cross_layer import CrossLayerTranscoder
+    from mechscope.dictionaries.crosscoder import Crosscoder
+    from mechscope.dictionaries.dictionary import Coder, Dictionary, Reconstruction
+    from mechscope.dictionaries.gated import Gated
+    from mechscope.dictionaries.jump_relu import JumpReLU
+    from mechscope.dictionaries.latent_scaling import Scaling, latent_scaling
+    from mechscope.dictionaries.matryoshka import Matryoshka
+    from mechscope.dictionaries.p_annealing import PAnnealing
+    from mechscope.dictionaries.relu import ReLU
+    from mechscope.dictionaries.sparse import Sparse
+    from mechscope.dictionaries.topk import TopK
+    from mechscope.dictionaries.training import train
+    from mechscope.dictionaries.transcoder import transcoder
+
+ARCHITECTURES: tuple[str, ...] = (
+    "ReLU",
+    "Gated",
+    "TopK",
+    "BatchTopK",
+    "JumpReLU",
+    "PAnnealing",
+    "Matryoshka",
+    "Crosscoder",
+    "CrossLayerTranscoder",
+)
+"""The classes that a file may name; `getattr(mechscope.dictionaries, name)(**options)` makes one."""
+
+__all__ = [
+    # the contract
+    "Dictionary",
+    "Coder",
+    "Reconstruction",
+    "Sparse",
+    "ARCHITECTURES",
+    # architectures
+    "ReLU",
+    "Gated",
+    "TopK",
+    "BatchTopK",
+    "JumpReLU",
+    "PAnnealing",
+    "Matryoshka",
+    "transcoder",
+    "Crosscoder",
+    "CrossLayerTranscoder",
+    "latent_scaling",
+    "Scaling",
+    # training
+    "train",
+    "Activations",
+    "store_activations",
+]
+
+_OWNER: dict[str, str] = {
+    **dict.fromkeys(["Coder", "Dictionary", "Reconstruction"], "dictionary"),
+    "Sparse": "sparse",
+    "ReLU": "relu",
+    "Gated": "gated",
+    "TopK": "topk",
+    "BatchTopK": "batch_topk",
+    "JumpReLU": "jump_relu",
+    "PAnnealing": "p_annealing",
+    "Matryoshka": "matryoshka",
+    "transcoder": "transcoder",
+    "Crosscoder": "crosscoder",
+    "CrossLayerTranscoder": "cross_layer",
+    **dict.fromkeys(["latent_scaling", "Scaling"], "latent_scaling"),
+    "train": "training",
+    **dict.fromkeys(["Activations", "store_activations"], "activations"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OWNER:
+        value = getattr(import_module(f"mechscope.dictionaries.{_OWNER[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'mechscope.dictionaries' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
