@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 
 import measure
 from attribution import environment
+from dense_topk import Dense, data
 from measure import Options, Row
 
 D, LATENTS, K, BATCH = 768, 16_384, 32, 4096
@@ -44,16 +45,6 @@ def measured(options: Options) -> Iterator[Row]:
 # ---------------------------------------------------------------------------------------- one step
 
 
-def data(d: int = D, batch: int = BATCH):
-    """This is vectors with sparse structure, so that every way has the same thing to learn."""
-    import torch
-
-    draw = torch.Generator().manual_seed(0)
-    atoms = torch.nn.functional.normalize(torch.randn(2 * d, d, generator=draw), dim=1)
-    which = torch.randint(2 * d, (batch, 16), generator=draw)
-    return (atoms[which] * torch.rand(batch, 16, 1, generator=draw)).sum(1) * d**0.5
-
-
 def steps(d: int = D, latents: int = LATENTS, k: int = K, batch: int = BATCH) -> dict[str, Callable[[], object]]:
     """This is the bound, the dense reference and ours, on the same vectors."""
     import torch
@@ -61,12 +52,11 @@ def steps(d: int = D, latents: int = LATENTS, k: int = K, batch: int = BATCH) ->
     from mechscope.dictionaries import TopK
     from mechscope.dictionaries.training import adam, one_step
 
-    torch.set_num_threads(int(torch.get_num_threads()))
     x = data(d, batch)
     ours = TopK(d, latents, k=k)
     ours.begin(x, None)
     optimiser = adam(ours, 3e-4)
-    dense = Dense(d, latents, k, ours)
+    dense = Dense(d, latents, k, float(ours.scale_in))
     product = torch.empty(batch, latents)
 
     def bound() -> None:
@@ -78,33 +68,6 @@ def steps(d: int = D, latents: int = LATENTS, k: int = K, batch: int = BATCH) ->
         "dense reference": lambda: dense.step(x),
         "TopK": lambda: one_step(ours, optimiser, x, 0.5),
     }
-
-
-class Dense:
-    """This is a TopK step as one would write it first: features as a dense tensor, autograd through everything."""
-
-    def __init__(self, d: int, latents: int, k: int, like):
-        import torch
-
-        self.k, self.scale = k, float(like.scale_in)
-        self.weights = [torch.nn.Parameter(w.detach().clone()) for w in (like.W_enc, like.b_enc, like.W_dec, like.b_dec)]
-        self.adam = torch.optim.Adam(self.weights, lr=3e-4, fused=True)
-
-    def step(self, x) -> float:
-        import torch
-
-        W_enc, b_enc, W_dec, b_dec = self.weights
-        x = x * self.scale
-        pre = (x - b_dec) @ W_enc.T + b_enc
-        values, latents = pre.topk(self.k, dim=1)
-        features = torch.zeros_like(pre).scatter(1, latents, values.relu())
-        loss = (x - features @ W_dec - b_dec).square().sum(1).mean()
-        loss.backward()
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
-        return loss.item()
 
 
 def step_rows(rounds: int) -> Iterator[Row]:
@@ -119,17 +82,14 @@ def step_rows(rounds: int) -> Iterator[Row]:
 
 def loss_gap(many: int = 60) -> float:
     """This is how far apart the losses are after some steps on the same batches, at a smaller size."""
-    import torch
-
     from mechscope.dictionaries import TopK
     from mechscope.dictionaries.training import adam, one_step
 
-    torch.manual_seed(0)
     d, latents, k, batch = SMALL.values()
     ours = TopK(d, latents, k=k)
     x = data(d, batch * 4)
     ours.begin(x, None)
-    dense, optimiser = Dense(d, latents, k, ours), adam(ours, 3e-4)
+    dense, optimiser = Dense(d, latents, k, float(ours.scale_in)), adam(ours, 3e-4)
     mine = theirs = 0.0
     for number in range(many):
         rows = x[number % 4 * batch :][:batch]

@@ -1,6 +1,6 @@
 """The activation store of a GPT-2-small shape: a shuffled epoch over filling it, and filling over the bare forward.
 
-Vectors of one site, after block 5 of 12, in contexts of 128 tokens, 8 at a time, float32, in shards of 16 MB. An epoch
+Vectors of one site, after block 5 of 12, in contexts of 128 tokens, 8 at a time, float32, in shards of 8 MB. An epoch
 is read in batches of 4,096 by a permutation of all vectors; once from a store just opened, which checks every shard's
 checksum first, and once from one that has been checked. Files were just written, so the disk's cache holds them: what
 is measured is the reading itself. Wall times, and processor times, which neighbours on the machine do not change.
@@ -16,7 +16,7 @@ from pathlib import Path
 import measure
 from measure import Options, Row
 
-ROWS, CONTEXT, BATCH, SITE, BLOCKS = 320, 128, 8, "blocks.5.resid_post", 6
+ROWS, CONTEXT, BATCH, SITE, BLOCKS = 96, 128, 8, "blocks.5.resid_post", 6
 READ = 4096
 
 
@@ -25,7 +25,7 @@ def measured(options: Options) -> Iterator[Row]:
 
     model = ms.load(measure.gpt2_small())
     model.weights_hash()
-    ids = measure.random_ids(ROWS // 4 if options.quick else ROWS, CONTEXT)
+    ids = measure.random_ids(ROWS // 3 if options.quick else ROWS, CONTEXT)
     yield from rows_of(model, ids, options.rounds(3, 2))
 
 
@@ -55,7 +55,7 @@ def rows_of(model, ids, rounds: int) -> list[Row]:
             folder = Path(scratch) / "store"
 
             def fill(folder: Path = folder) -> None:
-                store_activations(model, ids, SITE, folder, batch=BATCH, shard_bytes="16 MB")
+                store_activations(model, ids, SITE, folder, batch=BATCH, shard_bytes="8 MB")
 
             for name, call in (("forward", forward), ("fill", fill))[:: 1 if number % 2 == 0 else -1]:
                 spent(name, call)

@@ -20,7 +20,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from measure import Options, Row, machine, table
 
-NAMES = ("imports", "forward", "attribution", "discovery", "sweep", "agreement", "lenses", "weights", "units", "atlas")
+NAMES = (
+    "imports",
+    "forward",
+    "attribution",
+    "discovery",
+    "sweep",
+    "agreement",
+    "lenses",
+    "weights",
+    "units",
+    "atlas",
+    "dictionaries",
+)
 
 
 def arguments() -> argparse.Namespace:

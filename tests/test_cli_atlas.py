@@ -64,11 +64,11 @@ def test_ctrl_c_keeps_the_harvest_and_the_same_command_goes_on(run, tmp_path, mo
     command = ("grammar", "--text", "text.txt", "--out", "atlas", "--neurons", "4", "--prompts", "1", "--context", "16")
     see = Pass.see
 
-    def stopping(self, number, rows):
+    def stopping(self, number, *args):
         if number == 1:
             self.save()
             raise KeyboardInterrupt
-        see(self, number, rows)
+        see(self, number, *args)
 
     monkeypatch.setattr(Pass, "see", stopping)
     done = run(*command)

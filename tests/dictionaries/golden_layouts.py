@@ -23,7 +23,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass
 class Golden:
-    """This is one folder, and what must come of it: x [rows, d_in] gives features [rows, n] and output [rows, d_out]."""
+    """This is one folder, and what must come of it: x [rows, d_in] gives features [rows, n], output [rows, d_out]."""
 
     name: str
     folder: Path
@@ -268,7 +268,7 @@ def gemma_scope(root: Path) -> Iterator[Golden]:
         folder = root / f"gemma-scope-2b-pt-{suite}" / "layer_12" / "width_16k" / "average_l0_8"
         folder.mkdir(parents=True)
         kept = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-        np.savez(folder / "params.npz", **{name: stored(p[name]) for name in kept})
+        np.savez(folder / "params.npz", **{name: stored(p[name]) for name in kept})  # type: ignore[arg-type]
         sites = (f"blocks.12.{reads}", f"blocks.12.{writes}")
         yield Golden(f"gemma-{suite}", folder, "gemma-scope", "JumpReLU", *sites, x, f, f @ p["W_dec"] + p["b_dec"])
 

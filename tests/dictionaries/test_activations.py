@@ -171,6 +171,7 @@ def test_half_a_store_is_not_read_and_is_gone_on_with(model_and_ids, copy, fille
     shards[-1].unlink()
     shards[2].write_bytes(shards[2].read_bytes()[:-100])
     (copy / ".shard-00004.safetensors.0a1b2c3d.tmp").write_bytes(b"half")
+    (copy / ".tmpAbC123").write_bytes(b"half")
     with pytest.raises(ms.errors.StoreError, match=r"not full yet.*store_activations"):
         Activations(copy)
     calls = []

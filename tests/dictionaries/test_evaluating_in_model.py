@@ -11,6 +11,7 @@ from architectures import ARCHITECTURES
 from mechscope.dictionaries import ReLU
 from mechscope.dictionaries.evaluating import loss_recovered
 from mechscope.errors import DictionaryError
+from mechscope.models import TokenMask
 
 SITE = "blocks.1.resid_post"
 
@@ -119,11 +120,13 @@ def test_heads_lie_side_by_side(model, ids):
 
 
 def test_only_kept_tokens_are_replaced(model, ids):
-    none = loss_recovered(
-        model, ids[:8], Made(model.d_model, lambda x: -x), keep=lambda ids, x: torch.arange(12).expand_as(ids) == 11
-    )
-    assert none["loss, spliced"].value != none["loss, spliced"].value  # the last token predicts nothing here
-    assert none["KL of the splice"].value > 0
+    zero = Made(model.d_model, lambda x: -x)
+    last = loss_recovered(model, ids[:8], zero, mask=TokenMask(first=11))
+    assert last["loss, spliced"].value != last["loss, spliced"].value  # the last token predicts nothing here
+    assert last["KL of the splice"].value > 0
+    zero.facts["mask"] = TokenMask(first=11).to_json()
+    assert loss_recovered(model, ids[:8], zero)["KL of the splice"].value == last["KL of the splice"].value
+    assert "the first 11 of a row" in last.choices["replaced"]
 
 
 def test_a_dictionary_without_a_site_is_refused(model, ids):

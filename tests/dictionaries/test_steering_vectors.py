@@ -7,33 +7,33 @@ import torch
 from torch import Tensor
 
 import mechscope as ms
-from mechscope.dictionaries.steering_vectors import change, decompose, from_features
+from mechscope.dictionaries.steering_vectors import decompose, feature_change, steering_vector
 from mechscope.labs.sparse import Sparse
 from mechscope.labs.toy import ToyConfig, ToyTransformer
 
 DictionaryError = ms.errors.DictionaryError
-DATA = Sparse(d=32, n_atoms=64, active=3, seed=5)
+DATA = Sparse(d=32, n_atoms=40, active=2, seed=5)
 SITE = "blocks.0.resid_post"
 
 
 @pytest.fixture(scope="module")
 def sae():
     torch.set_num_threads(1)
-    made = ms.dictionaries.TopK(32, 64, k=3, reads=SITE, seed=7)
-    return ms.dictionaries.train(made, DATA.stream(512), steps=400, lr=3e-3)
+    made = ms.dictionaries.TopK(32, 80, k=2, reads=SITE, seed=7)
+    return ms.dictionaries.train(made, DATA.stream(512), steps=600, lr=3e-3)
 
 
 @pytest.fixture(scope="module")
 def untrained():
-    return ms.dictionaries.TopK(32, 64, k=3, reads=SITE, seed=7)
+    return ms.dictionaries.TopK(32, 80, k=2, reads=SITE, seed=7)
 
 
 @pytest.fixture(scope="module")
 def model():
     """This reads atoms: a token is a sum of a few, a neuron each adds to those above 0.3, a logit each reads them."""
     config = ToyConfig(
-        vocab_size=1024, output_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=1,
-        intermediate_size=64, learned_positions=False,
+        vocab_size=1024, output_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=1,
+        intermediate_size=40, learned_positions=False,
     )  # fmt: skip
     hf = ToyTransformer(config).eval()
     with torch.no_grad():
@@ -42,7 +42,7 @@ def model():
         hf.embed.weight.copy_(DATA.batch(10**6, 1024).x)
         mlp = hf.blocks[1].mlp
         for linear in (m for m in mlp.modules() if isinstance(m, torch.nn.Linear)):
-            if linear.out_features == 64:
+            if linear.out_features == 40:
                 linear.weight.copy_(DATA.atoms)
                 if linear.bias is not None:
                     linear.bias.fill_(-0.3)
@@ -74,14 +74,14 @@ def test_steering_by_a_feature_is_steering_by_the_true_direction(model, sae, unt
     assert true.min() > 2 and ((found - true).abs() / true).max() < 0.05
     control = effects(model, torch.stack([untrained.direction(int(latent)) for latent in matched(untrained)]))
     assert ((control - true).abs() / true).median() > 0.2, "an untrained dictionary steers as well"
-    vectors = [from_features(sae, {int(latent): 1.0}) for latent in matched(sae)[:8]]
+    vectors = [steering_vector(sae, {int(latent): 1.0}) for latent in matched(sae)[:8]]
     for vector, latent in zip(vectors, matched(sae)):
         assert torch.nn.functional.cosine_similarity(vector, sae.direction(int(latent)), dim=0) > 0.9999
 
 
 def test_a_vector_is_taken_apart_into_what_made_it(sae, untrained):
     """As a difference of two activations is, of both signs; an untrained dictionary explains as little as chance."""
-    wanted = {5: 1.5, 20: -1.0, 41: 0.8}
+    wanted = {5: 1.5, 20: -1.0, 31: 0.8}
     vector = sum(value * DATA.atoms[atom] for atom, value in wanted.items())
     latents = matched(sae)
     found = decompose(sae, vector, k=3)
@@ -90,7 +90,7 @@ def test_a_vector_is_taken_apart_into_what_made_it(sae, untrained):
     for atom, value in wanted.items():
         assert found.features()[int(latents[atom])] / float(sae.scale_out) == pytest.approx(value, rel=0.1)
     assert found.explained > decompose(untrained, vector, k=3).explained + 0.2
-    assert torch.allclose(from_features(sae, found.features()), found.rebuilt, atol=1e-5)
+    assert torch.allclose(steering_vector(sae, found.features()), found.rebuilt, atol=1e-5)
     positive = decompose(sae, vector, k=3, signed=False)
     assert (positive.coefficients >= 0).all() and positive.explained < 0.9, "a negative share was explained without one"
     assert f"{int(latents[20])}" in str(found) and "explain" in str(found)
@@ -104,9 +104,9 @@ def test_encoding_a_vector_is_not_taking_it_apart(sae):
     assert naive[latents[20]] == 0
     x = DATA.batch(7, 512)
     here = x.x[x.codes[:, 20] > 1.1]  # where there is something to take away
-    moved = change(sae, vector, here)
+    moved = feature_change(sae, vector, here)
     assert moved[latents[5]] > 0.5 and moved[latents[20]] < -0.5
-    rest = [i for i in range(64) if i not in (int(latents[5]), int(latents[20]))]
+    rest = [i for i in range(80) if i not in (int(latents[5]), int(latents[20]))]
     assert moved[rest].abs().max() < 0.5 * min(moved[latents[5]], -moved[latents[20]])
 
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_taken_apart_is_named(sae):
     for call, says in (
         (lambda: decompose(sae, torch.ones(8)), r"a vector of \(8,\)"),
         (lambda: decompose(sae, torch.zeros(32)), "zero everywhere"),
-        (lambda: from_features(sae, {64: 1.0}), "no latent 64"),
+        (lambda: steering_vector(sae, {80: 1.0}), "no latent 80"),
     ):
         with pytest.raises(DictionaryError, match=says):
             call()

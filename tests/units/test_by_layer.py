@@ -1,4 +1,4 @@
-"""Kinds of neurons by layer: planted token neurons are counted where they are, and told apart by what they take back."""
+"""Kinds of neurons by layer: planted token neurons are counted, and told apart by what they take back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mechscope.labs.planted.weights import Planter
 from mechscope.units.by_layer import neuron_kinds, suppression
 from mechscope.units.responding import responses
 
-TOKENS, POSITIONS = 12, 12
+TOKENS, POSITIONS = 24, 12
 
 
 @pytest.fixture(scope="module")
 def model():
-    """In layer 1: a dead neuron, one for token 1 that takes it back, one for 3 and 7 that takes 7 back, one that adds 4."""
+    """Layer 1 has a dead neuron, one for token 1 that takes it back, one for 3 and 7 that takes 7, one that adds 4."""
     plant = Planter({"token": TOKENS, "out": TOKENS}, TOKENS, POSITIONS, 2, 1, neurons=6)
     for token in range(TOKENS):
         plant.embed(token, plant["token", token])
@@ -45,7 +45,7 @@ def test_planted_neurons_are_counted_in_their_layer_and_suppressors_told_from_ot
 
 def test_the_untrained_twin_stands_beside_as_the_control():
     model = ms.load("grammar")
-    found = neuron_kinds(model, torch.randint(5, 1300, (24, 32)), context=32)
+    found = neuron_kinds(model, torch.randint(5, 1300, (8, 32)), context=32)
     trained, twin = found.tables
     assert [row.control for row in trained.rows + twin.rows] == [False] * 4 + [True] * 4
     assert all(row.scores[1][0] == 0.0 for row in twin.rows), "permuted weights detect no token"

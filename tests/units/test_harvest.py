@@ -99,12 +99,31 @@ def test_samples_are_uniform_within_their_range_and_do_not_depend_on_the_order()
 def test_of_equal_activations_the_earlier_is_kept_in_any_batching():
     torch.manual_seed(0)
     acts = torch.randint(-2, 4, (500, 8)).float()
-    for size in (500, 64, 7):
-        highest = Highest(8, 10)
+    for size, units in ((500, 8), (64, 8), (7, 8), (500, 1)):
+        some = acts[:, :units].clone()
+        highest = Highest(units, 10)
         for start in range(0, 500, size):
-            highest.add(acts[start : start + size], torch.arange(500)[start : start + size])
-        for unit in range(8):
+            highest.add(some[start : start + size], torch.arange(500)[start : start + size])
+        assert torch.equal(some, acts[:, :units]), "looking changes nothing"
+        for unit in range(units):
             assert torch.equal(highest.where[unit], acts[:, unit].sort(descending=True, stable=True).indices[:10])
+
+
+def test_what_shards_kept_joins_to_what_one_pass_keeps_though_units_are_rare_or_crowded():
+    torch.manual_seed(0)
+    rates = torch.tensor([0.0, 0.01, 0.05, 0.5, 1.0, 1.0])
+    acts = (torch.rand(720, 6) < rates) * torch.randint(1, 40, (720, 6)).float()
+    where = torch.arange(720)
+    whole = Highest(6, 5), Samples.of(acts[:60], (0.5, 0.9), 4, seed=1)
+    shards = [(Highest(6, 5), Samples(whole[1].edges, 4, seed=1)) for _ in range(3)]
+    for number, (piece, places) in enumerate(zip(acts.split(60), where.split(60))):
+        for kept in (*whole, *shards[number % 3]):
+            kept.add(piece, places)
+    for i in (2, 0):
+        for kept, other in zip(shards[1], shards[i]):
+            kept.join(other)
+    for kept, wanted in zip(shards[1], whole):
+        assert torch.equal(kept.values, wanted.values) and torch.equal(kept.where, wanted.where)
 
 
 def test_a_pass_that_is_stopped_anywhere_goes_on_to_the_same_tables(model, texts, whole, tmp_path):
@@ -138,19 +157,18 @@ ms.units.harvest(model, texts, sys.argv[1], k=6, per_range=3, context=12, batch=
 """
 
 
-def test_killed_with_sigkill_it_goes_on_bit_for_bit(whole, tmp_path):
-    for lines in (2, 3):
-        process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        for _ in range(lines):
-            process.stdout.readline()
-        time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "harvest.json").exists()
-        with pytest.raises(UnitsError, match="half done"):
-            ms.units.Harvest(tmp_path)
-    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], check=True, stdout=subprocess.DEVNULL)
+def test_killed_with_sigkill_it_goes_on_bit_for_bit(model, texts, whole, tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    for _ in range(3):
+        process.stdout.readline()
+    time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "harvest.json").exists()
+    with pytest.raises(UnitsError, match="half done"):
+        ms.units.Harvest(tmp_path)
+    ms.units.harvest(model, texts, tmp_path, **OPTIONS)
     for table in TABLES:
         assert (tmp_path / table).read_bytes() == (whole.folder / table).read_bytes()
 

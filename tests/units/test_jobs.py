@@ -199,9 +199,11 @@ def test_the_share_of_self_repair_that_is_copy_suppression_is_what_was_planted()
 
 def test_a_backup_repairs_without_suppressing():
     planted = mini_ioi()
-    found = repaired_by_suppression(planted.model, planted.task, [(2, 0)])
+    found = repaired_by_suppression(planted.model, planted.task, [(2, 0)], by="zero")
     assert found["3.0"][0] == pytest.approx(1.0, abs=1e-4)
     assert all(abs(row.scores[1][0]) < 1e-4 for row in found.tables[0].rows)
+    by_mean = repaired_by_suppression(planted.model, planted.task, [(2, 0)])
+    assert by_mean["3.0"][0] == pytest.approx(1.0, abs=1e-3)
     with pytest.raises(UnitsError, match="nothing repairs"):
         repaired_by_suppression(planted.model, planted.task, [(3, 2)])
     with pytest.raises(UnitsError, match=r"no head 9\.0"):

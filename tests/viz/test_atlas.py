@@ -10,7 +10,7 @@ import torch
 
 import mechscope as ms
 from architectures import ARCHITECTURES
-from atlases import CONTEXT, TEXT, gpt2_shape, made
+from atlases import CONTEXT, TEXT, gpt2_shape, made_small
 from mechscope import jobs, viz
 from mechscope.errors import StoreError, UnitsError
 from mechscope.jobs.atlas_cards import chosen_neurons
@@ -22,7 +22,7 @@ atlas_job = sys.modules["mechscope.jobs.atlas"]  # `jobs.atlas` is the function
 
 @pytest.fixture(scope="module")
 def done():
-    return made()
+    return made_small()
 
 
 def test_weights_and_activations_survive_packing():
@@ -39,13 +39,13 @@ def test_weights_and_activations_survive_packing():
 
 
 def test_patterns_on_the_page_are_the_models(done):
-    model, document = gpt2_shape(), done.document
-    assert document["layers"] == list(range(12)) and document["heads"] == [12] * 12
+    model, document = gpt2_shape(4, 4), done.document
+    assert document["layers"] == list(range(4)) and document["heads"] == [4] * 4
     for i, prompt in enumerate(document["prompts"][:-1]):
         ids = TEXT[i][:CONTEXT]
         assert prompt["tokens"] == model.strings(ids.tolist())
         out = model.run(ids[None], save="blocks.*.pattern")
-        wanted = torch.cat([out[f"blocks.{layer}.pattern"][0] for layer in range(12)])
+        wanted = torch.cat([out[f"blocks.{layer}.pattern"][0] for layer in range(4)])
         held = unpacked_patterns(prompt["patterns"], len(prompt["tokens"]), prompt["causal"])
         assert (held - wanted).abs().max() <= 0.5 / 255 + 1e-5
 
@@ -59,26 +59,26 @@ def test_kinds_and_importance_are_the_results_that_were_saved(done):
         assert torch.allclose(torch.tensor(kind["score"]).double(), heads[kind["name"]].score.double(), atol=1e-5)
         assert kind["threshold"] == heads[kind["name"]].threshold
     assert torch.allclose(torch.tensor(done.document["importance"]["score"]), important.score.float(), atol=1e-5)
-    assert done.document["labels"][3][4] == heads.label(3, 4)
+    assert done.document["labels"][2][3] == heads.label(2, 3)
 
 
 def test_importance_is_the_rise_of_the_loss_without_the_head(done):
-    model = gpt2_shape()
+    model = gpt2_shape(4, 4)
     ids = TEXT[: len(done.importance.base), :CONTEXT]
 
     def loss(**edits):
         logits = model.run(ids, **edits).logits[:, :-1]
         return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
 
-    site = "blocks.7.z[head=5]"
+    site = "blocks.2.z[head=3]"
     wanted = loss(edits={site: ms.mean(("batch", "pos"))}) - loss()
-    assert torch.allclose(done.importance.values[7, 5], wanted, atol=1e-5)
-    assert done.importance.cost["forwards"] == 1 + 12 * sum(range(1, 13)) / 12
+    assert torch.allclose(done.importance.values[2, 3], wanted, atol=1e-5)
+    assert done.importance.cost["forwards"] == 1 + 4 * sum(range(1, 5)) / 4
 
 
 def test_cards_hold_what_the_neuron_does_at_every_token_of_the_window(done):
-    model, document = gpt2_shape(), done.document
-    assert len(document["neurons"]) == 24 and {card["layer"] for card in document["neurons"]} == set(range(12))
+    model, document = gpt2_shape(4, 4), done.document
+    assert len(document["neurons"]) == 24 and {card["layer"] for card in document["neurons"]} == set(range(4))
     for card in document["neurons"][::5]:
         layer, unit = map(int, card["name"].split("."))
         kept = done.harvest.query(card["name"])
@@ -95,7 +95,7 @@ def test_cards_hold_what_the_neuron_does_at_every_token_of_the_window(done):
 
 
 def test_what_a_neuron_promotes_is_its_column_through_the_unembedding(done):
-    model, card = gpt2_shape(), done.document["neurons"][-1]
+    model, card = gpt2_shape(4, 4), done.document["neurons"][-1]
     layer, unit = map(int, card["name"].split("."))
     column = model.hf.transformer.h[layer].mlp.c_proj.weight[unit]
     gain = model.hf.transformer.ln_f.weight
@@ -107,15 +107,15 @@ def test_what_a_neuron_promotes_is_its_column_through_the_unembedding(done):
 
 
 def test_what_a_head_writes_is_its_output_through_the_frozen_norm(done):
-    model, prompt = gpt2_shape(), done.document["prompts"][0]
-    out = model.run(TEXT[:1, :CONTEXT], save=["blocks.4.head_out", "blocks.11.resid_post"])
-    position, size, tokens = prompt["writes"][4][7][0]
-    vector = out["blocks.4.head_out"][0, 7]
+    model, prompt = gpt2_shape(4, 4), done.document["prompts"][0]
+    out = model.run(TEXT[:1, :CONTEXT], save=["blocks.1.head_out", "blocks.3.resid_post"])
+    position, size, tokens = prompt["writes"][1][2][0]
+    vector = out["blocks.1.head_out"][0, 2]
     assert position == int(vector.norm(dim=-1).argmax()) and size == pytest.approx(
         float(vector[position].norm()), rel=1e-3
     )
     logits = (
-        model.readout.frozen(out["blocks.11.resid_post"][0, [position]])(vector[[position]])[0] @ model.readout.weight.T
+        model.readout.frozen(out["blocks.3.resid_post"][0, [position]])(vector[[position]])[0] @ model.readout.weight.T
     )
     assert tokens[0][0] == model.strings([int(logits.argmax())])[0]
 
@@ -150,9 +150,9 @@ def test_other_architectures_have_an_atlas_that_says_what_is_absent(name, tmp_pa
 def test_a_page_stays_below_its_size_and_says_what_it_left_out(done, tmp_path, monkeypatch):
     document = json.loads(json.dumps(done.document))
     size = len(viz.page(viz.to_view(document)))
-    monkeypatch.setattr(atlas_job, "MOST", size - 20_000)
+    monkeypatch.setattr(atlas_job, "MOST", size - 4_000)
     path = atlas_job.written(document, tmp_path / "index.html")
-    assert path.stat().st_size <= size - 20_000 and "1 prompts left out" in document["summary"]["page"][1]
+    assert path.stat().st_size <= size - 4_000 and "1 prompts left out" in document["summary"]["page"][1]
     monkeypatch.setattr(atlas_job, "MOST", 1000)
     with pytest.raises(UnitsError, match="--neurons"):
         atlas_job.written(document, tmp_path / "index.html")

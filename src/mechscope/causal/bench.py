@@ -73,7 +73,7 @@ class Bench:
         (self.request, *more) = model.resolve(site)
         if more:
             raise CausalError(f"an interchange is at one site; {site!r} names {len(more) + 1}")
-        if why := model.anatomy.places[self.request.site].readonly:
+        if why := model.anatomy.place(self.request.site).readonly:
             raise CausalError(f"'{self.request}' can be read but not edited: {why}")
         self.model, self.data, self.site, self.rows = model, data, self.request.key, rows
         if data.base_at is not None and self.request.axes[:2] != ("batch", "pos"):

@@ -119,6 +119,11 @@ def heads_of(model: Model, site: str) -> int:
 def sites_meant(model: Model, site: str) -> list[Request]:
     """This is the sites meant: a short name means that site of every block that has it."""
     short = site.split("[")[0]
+    if "/" in short:
+        raise CausalError(
+            f"{site!r} is the features of a dictionary; sweep them at their own site, {short.split('/')[0]!r}, with "
+            "over='feature', dictionary=..., features=[...]"
+        )
     blocked = [name for name in model.certificate.sites if name.startswith("blocks.") and name.endswith(f".{short}")]
     asked = f"blocks.*.{site}" if blocked else site
     shorts = dict.fromkeys(name.rsplit(".", 1)[-1] for name in model.certificate.sites)

@@ -160,7 +160,7 @@ class _Step:
     def of(cls, model: Model, what: Intervention, at: Mapping[str, Tensor]) -> _Step:
         into = _Spot.of(model, what.site, what.into)
         source = _Spot.of(model, what.reads, what.from_run) if what.from_run else None
-        why = "" if into.request is None else model.anatomy.places[into.request.site].readonly
+        why = "" if into.request is None else model.anatomy.place(into.request.site).readonly
         if why and what.source is not None:
             raise CausalError(f"'{into.site}' can be read but not edited: {why}")
         return cls(what, into, source, into.by_row and what.into in at, Receipt(what.site, "edit", quiet=True))

@@ -14,10 +14,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechscope.dictionaries.activations import Activations, store_activations
+    from mechscope.dictionaries.attention_output import below, by_head, by_source, weights_by_head
     from mechscope.dictionaries.batch_topk import BatchTopK
     from mechscope.dictionaries.cross_layer import CrossLayerTranscoder
     from mechscope.dictionaries.crosscoder import Crosscoder
     from mechscope.dictionaries.dictionary import Coder, Dictionary, Reconstruction
+    from mechscope.dictionaries.evaluating import (
+        DictionaryReport,
+        asked,
+        atom_recovery,
+        composed_features,
+        concept_recovery,
+        disentanglement,
+        evaluate,
+        feature_absorption,
+        feature_splitting,
+        loss_recovered,
+        manifold_features,
+        sparse_control,
+        sparse_probing,
+        spurious_correlation_removal,
+        supervised,
+        targeted_probe_perturbation,
+    )
+    from mechscope.dictionaries.files import Normed, check, convert, fold_gain, inspect, read, write
+    from mechscope.dictionaries.end_to_end import EndToEnd
     from mechscope.dictionaries.gated import Gated
     from mechscope.dictionaries.jump_relu import JumpReLU
     from mechscope.dictionaries.latent_scaling import Scaling, latent_scaling
@@ -25,6 +46,7 @@ if TYPE_CHECKING:
     from mechscope.dictionaries.p_annealing import PAnnealing
     from mechscope.dictionaries.relu import ReLU
     from mechscope.dictionaries.sparse import Sparse
+    from mechscope.dictionaries.steering_vectors import Decomposition, decompose, feature_change, steering_vector
     from mechscope.dictionaries.topk import TopK
     from mechscope.dictionaries.training import train
     from mechscope.dictionaries.transcoder import transcoder
@@ -39,6 +61,7 @@ ARCHITECTURES: tuple[str, ...] = (
     "Matryoshka",
     "Crosscoder",
     "CrossLayerTranscoder",
+    "Normed",
 )
 """The classes that a file may name; `getattr(mechscope.dictionaries, name)(**options)` makes one."""
 
@@ -62,10 +85,45 @@ __all__ = [
     "CrossLayerTranscoder",
     "latent_scaling",
     "Scaling",
+    "Normed",
+    # other packages' files
+    "inspect",
+    "read",
+    "check",
+    "write",
+    "convert",
+    "fold_gain",
     # training
     "train",
     "Activations",
     "store_activations",
+    # what a feature is made of: heads, source positions, parts of the stream
+    "by_head",
+    "by_source",
+    "below",
+    "weights_by_head",
+    # steering vectors
+    "steering_vector",
+    "decompose",
+    "feature_change",
+    "Decomposition",
+    # evaluation; more in mechscope.dictionaries.evaluating
+    "evaluate",
+    "loss_recovered",
+    "atom_recovery",
+    "feature_splitting",
+    "composed_features",
+    "concept_recovery",
+    "feature_absorption",
+    "sparse_probing",
+    "spurious_correlation_removal",
+    "targeted_probe_perturbation",
+    "disentanglement",
+    "asked",
+    "supervised",
+    "sparse_control",
+    "manifold_features",
+    "DictionaryReport",
 ]
 
 _OWNER: dict[str, str] = {
@@ -82,8 +140,33 @@ _OWNER: dict[str, str] = {
     "Crosscoder": "crosscoder",
     "CrossLayerTranscoder": "cross_layer",
     **dict.fromkeys(["latent_scaling", "Scaling"], "latent_scaling"),
+    **dict.fromkeys(["Normed", "check", "convert", "fold_gain", "inspect", "read", "write"], "files"),
+    "EndToEnd": "end_to_end",
+    **dict.fromkeys(["below", "by_head", "by_source", "weights_by_head"], "attention_output"),
+    **dict.fromkeys(["Decomposition", "decompose", "feature_change", "steering_vector"], "steering_vectors"),
     "train": "training",
     **dict.fromkeys(["Activations", "store_activations"], "activations"),
+    **dict.fromkeys(
+        [
+            "evaluate",
+            "loss_recovered",
+            "atom_recovery",
+            "feature_splitting",
+            "composed_features",
+            "concept_recovery",
+            "feature_absorption",
+            "sparse_probing",
+            "spurious_correlation_removal",
+            "targeted_probe_perturbation",
+            "disentanglement",
+            "asked",
+            "supervised",
+            "sparse_control",
+            "manifold_features",
+            "DictionaryReport",
+        ],
+        "evaluating",
+    ),
 }
 
 

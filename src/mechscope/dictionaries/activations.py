@@ -14,8 +14,6 @@ is ever copied to shuffle it: an epoch is a permutation of all vectors' numbers 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
@@ -25,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mechscope import store
-from mechscope.dictionaries import shards
+from mechscope.dictionaries import index, shards
 from mechscope.dictionaries.shuffled import Shuffled
 from mechscope.errors import DictionaryError, StoreError, TokenError
 from mechscope.models.contexts import Texts
@@ -36,9 +33,6 @@ from mechscope.models.token_mask import TokenMask
 
 if TYPE_CHECKING:
     from mechscope.models.model import Model
-
-INDEX = "index.json"
-FORMAT = 1
 
 Progress = Callable[[str, int, int], None]
 
@@ -81,15 +75,16 @@ def store_activations(
         **{"context": context, "batch": batch, "seed": seed, "shard": shard, "vectors": vectors},
         **{"weights": model.weights_hash(), "of": str(model.dtype).removeprefix("torch.")},
     }
-    if (folder / INDEX).is_file():
+    for pattern in (".shard-*.tmp", ".index.json.*.tmp", ".tmp??????"):  # left by a write that was killed
+        for left in folder.glob(pattern):
+            left.unlink()
+    if (folder / index.INDEX).is_file():
         there = Activations(folder)
         _same(folder, there.header["question"], question)
         there.check_texts(model, texts)
         there.rebuild(model, texts)
         return there
     stream = _stream(model, texts, question)
-    for left in folder.glob(".shard-*.tmp"):  # of a write that was killed
-        left.unlink()
     done: list[dict[str, Any]] = []
     while (facts := shards.whole(folder / shards.name_of(len(done)))) is not None:
         _same(folder, facts["question"], question)
@@ -97,14 +92,15 @@ def store_activations(
     kept = sum(facts["vectors"] for facts in done)
     if done:
         stream.resume(done[-1]["end"])
-    while (vectors is None or kept < vectors) and (batch_of := next(stream, None)) is not None:
-        some = _stored(batch_of, number_type, None if vectors is None else vectors - kept)
-        facts = _facts(len(done), some, stream, question)
+    while (vectors is None or kept < vectors) and (given := next(stream, None)) is not None:
+        some = shards.as_kept(given, number_type, None if vectors is None else vectors - kept)
+        facts = shards.facts_about(len(done), some, stream, question)
         done.append(shards.write(folder / shards.name_of(len(done)), some, facts))
         kept += facts["vectors"]
         if progress is not None:
             progress("vectors", kept, vectors or 0)
-    _write_index(folder, model, question, stream.mask, done)
+    widths = {site: _width(model, site) for site in sites}
+    index.write(folder, model.provenance(), stream.mask.to_json(), widths, done)
     return Activations(folder)
 
 
@@ -115,13 +111,13 @@ class Activations:
     {"mean", "rms", "largest"}} of the norms of all vectors); `header` holds all that the index says. check: whether a
     shard's checksum is compared before its vectors are first used.
 
-    Raises StoreError for a folder that holds no store, one that is not full yet, or an index that was changed, and
-    where a shard is missing or of another size, naming it.
+    Raises StoreError for a folder that holds no store, one that is not full yet, or an index that was changed; and,
+    when a vector of it is asked for, where a shard is missing, cut short or changed, naming it.
     """
 
     def __init__(self, folder: str | Path, check: bool = True):
         self.folder, self.check = Path(folder), check
-        self.header = _read_index(self.folder)
+        self.header = index.read(self.folder)
         self.sites: list[str] = self.header["question"]["sites"]
         self.dtype = shards.DTYPES[self.header["question"]["dtype"]]
         self.mask = TokenMask.from_json(self.header["mask"])
@@ -229,7 +225,7 @@ class Activations:
         for shard in found:
             entry = self.shards[shard]
             stream = _stream(model, texts, question).resume(entry["begin"])
-            vectors = _stored(next(stream), self.dtype, entry["vectors"])
+            vectors = shards.as_kept(next(stream), self.dtype, entry["vectors"])
             if shards.checksum(vectors) != entry["crc32"]:
                 raise DictionaryError(
                     f"shard {shard} of '{self.folder}' came out with other bytes than it had; run on the device and "
@@ -237,7 +233,7 @@ class Activations:
                     f"{self.header['threads']}), or delete the folder and fill it anew"
                 )
             self._maps.pop(shard, None)
-            shards.write(self.folder / entry["file"], vectors, _facts(shard, vectors, stream, question))
+            shards.write(self.folder / entry["file"], vectors, shards.facts_about(shard, vectors, stream, question))
         return found
 
     def check_texts(self, model: Model, texts: Texts) -> None:
@@ -273,79 +269,6 @@ def _stream(model: Model, texts: Texts, question: dict[str, Any]) -> Stream:
         mask=TokenMask.from_json(question["mask"]),
         vectors=question["shard"],
     )
-
-
-def _stored(vectors: dict[str, Tensor], dtype: torch.dtype, most: int | None) -> dict[str, Tensor]:
-    """This is a shard's vectors as they are kept; raises DictionaryError where the dtype cannot hold them."""
-    kept = {site: x[:most].to(dtype).cpu().contiguous() for site, x in vectors.items()}
-    for site, x in kept.items():
-        if not x.isfinite().all():
-            name = str(dtype).removeprefix("torch.")
-            raise DictionaryError(
-                f"{site} has values that {name} cannot hold (or the model gave none that are finite); store them as "
-                "dtype='bfloat16' or 'float32', or leave out outliers: mask=TokenMask(outliers=10)"
-            )
-    return kept
-
-
-def _facts(number: int, vectors: dict[str, Tensor], stream: Stream, question: dict[str, Any]) -> dict[str, Any]:
-    sums = {}
-    for site, x in vectors.items():
-        norms = torch.linalg.vector_norm(x.float(), dim=1).double()
-        sums[site] = [norms.sum().item(), norms.square().sum().item(), norms.max().item()]
-    size = len(next(iter(vectors.values())))
-    places = {"begin": stream.window(), "end": stream.state()}
-    return {"format": FORMAT, "shard": number, "vectors": size, "sums": sums, "question": question, **places}
-
-
-def _write_index(
-    folder: Path, model: Model, question: dict[str, Any], mask: TokenMask, done: list[dict[str, Any]]
-) -> None:
-    total = sum(facts["vectors"] for facts in done)
-    norms = {}
-    for site in question["sites"]:
-        sums = [facts["sums"][site] for facts in done]
-        mean, square = sum(s[0] for s in sums) / total, sum(s[1] for s in sums) / total
-        norms[site] = {"mean": mean, "rms": square**0.5, "largest": max(s[2] for s in sums)}
-    entries = [
-        {
-            "file": shards.name_of(facts["shard"]),
-            "bytes": (folder / shards.name_of(facts["shard"])).stat().st_size,
-            **{name: facts[name] for name in ("vectors", "crc32", "begin")},
-        }
-        for facts in done
-    ]
-    facts = {
-        **{"format": FORMAT, "kind": "activations", "vectors": total, "question": question, "mask": mask.to_json()},
-        **{"widths": {site: _width(model, site) for site in question["sites"]}, "norms": norms, "shards": entries},
-        **{"provenance": model.provenance(), "threads": torch.get_num_threads(), "versions": store.manifest()},
-    }
-    store.write_text(folder / INDEX, json.dumps({**facts, "sha256": _digest(facts)}, indent=1, sort_keys=True) + "\n")
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    if not path.is_file():
-        half = len(list(folder.glob("shard-*.safetensors")))
-        why = f"it is not full yet ({half} shards); call store_activations(...) with the same arguments to go on"
-        nothing = "it holds no activations; fill it: store_activations(model, texts, site, folder)"
-        raise StoreError(f"'{folder}' cannot be read: {why if half else nothing}")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts.pop("sha256") != _digest(facts):
-            raise ValueError("it does not match its checksum")
-    except (ValueError, KeyError, AttributeError, OSError) as error:
-        raise StoreError(
-            f"'{path}' is damaged: {error}. Delete it and call store_activations(...) with the same arguments: whole "
-            "shards are kept, and it is written anew"
-        ) from error
-    if facts["format"] > FORMAT:
-        raise StoreError(f"'{path}' has format {facts['format']}; this mechscope reads up to {FORMAT}. Upgrade it")
-    return facts
-
-
-def _digest(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _same(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Attention-output dictionaries: which heads, which source positions and what below them make a feature.
 
-A dictionary on `blocks.L.z` reads the heads side by side, so a latent's pre-activation is a sum that nothing needs to be
-approximated for:
+A dictionary on `blocks.L.z` reads the heads side by side, so a latent's pre-activation is a sum, with nothing to be
+approximated:
 
     pre_i(q) = c_i + sum over heads h of  W_enc[i, h] . z_h(q)                                       by_head
              = c_i + sum over heads h and positions k of  pattern_h(q, k) W_enc[i, h] . v_h(k)       by_source
@@ -18,7 +18,6 @@ on recursive direct feature attribution. What is left out: the queries and keys,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +38,8 @@ TOLERANCE = 1e-3
 class Attribution:
     """This is a latent's pre-activation as a sum.
 
-    pre: [batch pos]. constant: what the biases add. values: [batch head pos], or [batch head query key] by source;
-    with the heads that read a zero row, their sum over heads (and keys) is pre - constant. units: those of `encode`.
+    pre: [batch pos], in the units of `encode`. constant: what the biases add. values: [batch head pos], or [batch head
+    query key] by source; their sum over heads (and keys) is pre - constant.
     """
 
     latent: int
@@ -94,7 +93,7 @@ def by_head(dictionary: Coder, found: Run | Tensor, latent: int) -> Attribution:
     tensor([0.97, 0.01, 0.01, 0.01])
     """
     z = found if isinstance(found, Tensor) else found[_site(dictionary)]
-    rows = _by_head(dictionary, latent, z.shape[1])
+    rows = _by_head(dictionary, latent, z)
     values = torch.einsum("bhqd, hd -> bhq", z.to(rows), rows)
     pre, constant = _pre(dictionary, latent, z)
     _check(values.sum(1) + constant, pre, "the sum over heads")
@@ -110,7 +109,7 @@ def by_source(dictionary: Coder, found: Run, latent: int) -> Attribution:
     site = _site(dictionary)
     prefix = site.rpartition(".")[0]
     z, v, pattern = (found[f"{prefix}.{name}"] for name in ("z", "v", "pattern"))
-    rows = _by_head(dictionary, latent, z.shape[1])
+    rows = _by_head(dictionary, latent, z)
     written = torch.einsum("bhkd, hd -> bhk", _expanded(v, z).to(rows), rows)
     values = pattern.to(rows) * written[:, :, None]
     pre, constant = _pre(dictionary, latent, z)
@@ -135,7 +134,8 @@ def below(dictionary: Coder, model: Model, inputs: Any, latent: int, pos: int = 
     with its scale held, and the model's own value map, as the user's module computes it. The last part, "biases", is
     what is left with none of them. inputs: rows of one length.
 
-    Raises DictionaryError where the block's values are no linear map of what it reads.
+    Raises DictionaryError where the block's values are no linear map of what it reads, and where the stream is not the
+    sum of what was written to it.
     """
     site = _site(dictionary)
     prefix = site.rpartition(".")[0]
@@ -145,6 +145,8 @@ def below(dictionary: Coder, model: Model, inputs: Any, latent: int, pos: int = 
     block = model.anatomy.layers()[number]
     if block.readable:
         raise DictionaryError(f"what attention reads at {prefix} cannot be recomputed: {block.readable}")
+    if any(b.normed_stream or b.unexplained for b in model.anatomy.layers()[:number]):
+        raise DictionaryError(f"the stream at {prefix} is not the sum of what the blocks below wrote to it")
     parts = _parts(model, number)
     names = [f"{prefix}.{name}" for name in ("resid_pre", "ln1", "z", "v", "pattern")]
     out = model.run(inputs, save=[*names, *dict.fromkeys(name.split("[")[0] for name in parts)])
@@ -158,7 +160,7 @@ def below(dictionary: Coder, model: Model, inputs: Any, latent: int, pos: int = 
         v = model.run(inputs, save=f"{prefix}.v", edits={f"{prefix}.ln1": _put(read)}, stop_at=f"{prefix}.v")
         return _expanded(v[f"{prefix}.v"], z)
 
-    rows = _by_head(dictionary, latent, z.shape[1])
+    rows = _by_head(dictionary, latent, z)
     weights = out[f"{prefix}.pattern"][:, :, pos].to(rows)  # [batch head key]
     nothing = values_of(torch.zeros_like(stream))
 
@@ -213,30 +215,29 @@ def _site(dictionary: Coder) -> str:
     site = dictionary.reads
     if not isinstance(site, str) or not site.endswith(".z"):
         raise DictionaryError(
-            f"direct feature attribution is of a dictionary on heads side by side, and this one reads {site!r}; make it "
-            "with reads='blocks.1.z'"
+            f"direct feature attribution is of a dictionary on heads side by side, and this one reads {site!r}; make "
+            "it with reads='blocks.1.z'"
         )
     return site
 
 
-def _by_head(dictionary: Coder, latent: int, heads: int) -> Tensor:
-    """This is a latent's row of the encoder in the site's units, [head d_head]."""
+def _by_head(dictionary: Coder, latent: int, z: Tensor) -> Tensor:
+    """This is a latent's row of the encoder in the site's units, [head d_head], for the heads of z."""
     if not -dictionary.n_latents <= latent < dictionary.n_latents:
         raise DictionaryError(f"there is no latent {latent}: this dictionary has {dictionary.n_latents}, from 0")
-    if dictionary.d_in % heads:
-        raise DictionaryError(f"{heads} heads do not fit into the width {dictionary.d_in} that this dictionary reads")
-    return (dictionary.W_enc[latent].detach() * dictionary.scale_in).unflatten(0, (heads, -1))
+    heads, width = z.shape[1], z.shape[3]
+    if heads * width != dictionary.d_in:
+        raise DictionaryError(
+            f"the dictionary reads vectors of {dictionary.d_in}, and {heads} heads of {width} side by side make "
+            f"{heads * width}"
+        )
+    return (dictionary.W_enc[latent].detach() * dictionary.scale_in).unflatten(0, (heads, width))
 
 
 @torch.no_grad()
 def _pre(dictionary: Coder, latent: int, z: Tensor) -> tuple[Tensor, float]:
     """This is a latent's pre-activation [batch pos], and what of it is constant."""
     flat = z.transpose(1, 2).flatten(2)
-    if flat.shape[-1] != dictionary.d_in:
-        raise DictionaryError(
-            f"the dictionary reads vectors of {dictionary.d_in}, and heads of {tuple(z.shape)} side by side make "
-            f"{flat.shape[-1]}"
-        )
     row, bias = dictionary.W_enc[latent], dictionary.b_enc[latent]
     pre = dictionary.inner(flat) @ row + bias
     return pre, float(dictionary.inner(torch.zeros_like(flat[:1, :1]))[0, 0] @ row + bias)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mechscope.dictionaries import sparse
-from mechscope.dictionaries.dictionary import Reconstruction
 from mechscope.dictionaries.sparse import Sparse, above, products
 from mechscope.dictionaries.topk import TopK
 
@@ -49,16 +48,12 @@ class BatchTopK(TopK):
             return super().chosen(inner)
         # The last batch's least is near this one's, which spares sorting most of what is not kept.
         kept = greatest(inner, self.W_enc, self.b_enc, self.k * len(inner), 0.8 * self.least)
-        return products(inner, self.W_enc, self.b_enc, kept)
-
-    @torch.no_grad()
-    def count(self, found: Reconstruction) -> None:
-        super().count(found)
-        if isinstance(found.features, Sparse) and len(found.features.values):
-            least = found.features.values.detach().min()
+        if torch.is_grad_enabled() and len(kept.values):
+            least = kept.values.min()
             self.batches += 1
             self.threshold += (least - self.threshold) / self.batches.clamp(max=MEMORY)
             self.least = least.item()
+        return products(inner, self.W_enc, self.b_enc, kept)
 
 
 @torch.no_grad()

@@ -146,8 +146,7 @@ class CrossLayerTranscoder(Dictionary):
 
     @torch.no_grad()
     def count(self, found: Reconstruction) -> None:
-        parts = apart(found.features, self.n_layers)
-        for layer, part in zip(self.parts_of(), parts):
+        for layer, part in zip(self.parts_of(), apart(found.features, self.n_layers)):
             layer.count(Reconstruction(found.output, part))
         self.idle.copy_(torch.cat([layer.idle for layer in self.parts_of()]))
 

@@ -51,9 +51,14 @@ class Reconstruction:
         return found.fired() if isinstance(found, Sparse) else (found.detach() != 0).flatten(0, -2).sum(0)
 
     @property
+    def examples(self) -> int:
+        """This is how many vectors, or sets of vectors for a crosscoder, were reconstructed."""
+        return self.features.shape[0]
+
+    @property
     def l0(self) -> float:
         """This is how many latents are active in a row, on average."""
-        return self.fired().sum().item() / max(1, self.features.shape[0])
+        return self.fired().sum().item() / max(1, self.examples)
 
 
 class Dictionary(nn.Module):
@@ -140,8 +145,8 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def count(self, found: Reconstruction) -> None:
-        """This counts the examples since each latent last fired."""
-        self.idle.add_(found.features.shape[0]).masked_fill_(found.fired() > 0, 0)
+        """This counts the examples since each latent last fired, after a step."""
+        self.idle.add_(found.examples).masked_fill_(found.fired() > 0, 0)
 
     # Use
 
@@ -232,7 +237,8 @@ class Coder(Dictionary):
         super().__init__(d_in, n_latents, d_out, reads=reads, writes=writes)
         self.centred = d_out is None and self.reads == self.writes
         self.skip, self.seed = skip, seed
-        draw = torch.Generator().manual_seed(seed)
+        # Far from seed itself: data of the same seed must not be made of the numbers that the weights start at.
+        draw = torch.Generator().manual_seed((seed + 1) * 2_654_435_761 % 2**32)
         rows = nn.functional.normalize(torch.randn(n_latents, self.d_out, generator=draw), dim=1)
         self.W_dec = nn.Parameter(rows)
         if not self.centred:

@@ -12,7 +12,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
@@ -20,14 +20,42 @@ import torch
 from torch import Tensor
 
 from mechscope import store
-from mechscope.errors import StoreError, UnsafeFileError
+from mechscope.errors import DictionaryError, StoreError, UnsafeFileError
+
+if TYPE_CHECKING:
+    from mechscope.models.stream import Stream
 
 HEADER = "activations"
+FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def name_of(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
+
+
+def as_kept(vectors: dict[str, Tensor], dtype: torch.dtype, most: int | None) -> dict[str, Tensor]:
+    """This is a shard's vectors as they are kept; raises DictionaryError where the dtype cannot hold them."""
+    kept = {site: x[:most].to(dtype).cpu().contiguous() for site, x in vectors.items()}
+    for site, x in kept.items():
+        if not x.isfinite().all():
+            name = str(dtype).removeprefix("torch.")
+            raise DictionaryError(
+                f"{site} has values that {name} cannot hold (or the model gave none that are finite); store them as "
+                "dtype='bfloat16' or 'float32', or leave out outliers: mask=TokenMask(outliers=10)"
+            )
+    return kept
+
+
+def facts_about(number: int, vectors: dict[str, Tensor], stream: Stream, question: dict[str, Any]) -> dict[str, Any]:
+    """This is what a shard says of itself: what was asked, sums of its norms, where it and the next one begin."""
+    sums = {}
+    for site, x in vectors.items():
+        norms = torch.cat([torch.linalg.vector_norm(some.float(), dim=1) for some in x.split(2**14)]).double()
+        sums[site] = [norms.sum().item(), norms.square().sum().item(), norms.max().item()]
+    size = len(next(iter(vectors.values())))
+    places = {"begin": stream.window(), "end": stream.state()}
+    return {"format": FORMAT, "shard": number, "vectors": size, "sums": sums, "question": question, **places}
 
 
 def checksum(vectors: dict[str, Tensor]) -> int:
@@ -78,6 +106,18 @@ def mapped(path: Path, crc32: int | None = None) -> dict[str, Tensor]:
     return vectors
 
 
+def whole(path: Path) -> dict[str, Any] | None:
+    """This is the facts of a shard whose header and vectors match their checksums; None of any other, or of none."""
+    if not path.exists():
+        return None
+    try:
+        facts = facts_of(path)
+        mapped(path, facts["crc32"])
+    except (StoreError, KeyError):
+        return None
+    return facts
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
@@ -93,15 +133,3 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _of_header(facts: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
-
-
-def whole(path: Path) -> dict[str, Any] | None:
-    """This is the facts of a shard whose header and vectors match their checksums; None of any other, or of none."""
-    if not path.exists():
-        return None
-    try:
-        facts = facts_of(path)
-        mapped(path, facts["crc32"])
-    except (StoreError, KeyError):
-        return None
-    return facts

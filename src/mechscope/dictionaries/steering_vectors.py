@@ -1,8 +1,8 @@
 """Steering vectors and features: a vector made of features, and a vector taken apart into them.
 
-    from_features   v = sum over features of a_i W_dec[i], in the site's own units
-    decompose       v ~ sum over few features of a_i W_dec[i], a_i of either sign
-    change          what adding v does to the features of activations x: mean over x of encode(x + v) - encode(x)
+    steering_vector   v = sum over features of a_i W_dec[i], in the site's own units
+    decompose         v ~ sum over few features of a_i W_dec[i], a_i of either sign
+    feature_change    what adding v does to the features of activations x: mean over x of encode(x + v) - encode(x)
 
 A dictionary's encoder is not the way to take a vector apart. It was trained on activations, and a steering vector is a
 difference of two: its norm and its lack of the mean put it outside that distribution, and an encoder can give no
@@ -54,7 +54,7 @@ class Decomposition:
         return float(torch.nn.functional.cosine_similarity(self.vector, self.rebuilt, dim=0))
 
     def features(self) -> dict[int, float]:
-        """This is {latent: coefficient}, which `from_features` and `splice(features=...)` take."""
+        """This is {latent: coefficient}, which `steering_vector` and `splice(features=...)` take."""
         return dict(zip(self.latents.tolist(), self.coefficients.tolist()))
 
     def save(self, path: str | Path) -> Path:
@@ -74,14 +74,14 @@ class Decomposition:
         )
 
 
-def from_features(dictionary: Dictionary, features: Mapping[int, float]) -> Tensor:
+def steering_vector(dictionary: Dictionary, features: Mapping[int, float]) -> Tensor:
     """This is the steering vector [d_out] that features stand for: what they add to the site, in its own units.
 
     features: {latent: coefficient}, in the units of `encode`. Use it as `ms.add(vector, scale=...)`; a vector of one
     feature is a multiple of `dictionary.direction(latent)`. Raises DictionaryError for a latent that is not there.
 
     >>> sae = ms.dictionaries.TopK(64, 512, k=8)
-    >>> torch.allclose(from_features(sae, {3: 2.0}), 2 * sae.direction(3), atol=1e-6)
+    >>> torch.allclose(steering_vector(sae, {3: 2.0}), 2 * sae.direction(3), atol=1e-6)
     True
     """
     weights = torch.zeros(dictionary.n_latents)
@@ -135,7 +135,7 @@ def decompose(
 
 
 @torch.no_grad()
-def change(dictionary: Dictionary, vector: Tensor, at: Tensor) -> Tensor:
+def feature_change(dictionary: Dictionary, vector: Tensor, at: Tensor) -> Tensor:
     """This is what adding a vector [d_in] to activations `at` [..., d_in] changes of the features, on average [latent].
 
     Changes are of either sign, and the encoder is given what it was trained on.
@@ -206,4 +206,4 @@ def _written(dictionary: Dictionary, weights: Tensor) -> Tensor:
     return weights.to(rows) @ rows
 
 
-__all__ = ["Decomposition", "change", "decompose", "from_features", "pursue"]
+__all__ = ["Decomposition", "decompose", "feature_change", "pursue", "steering_vector"]

@@ -9,6 +9,7 @@ it would have had. See `checkpoints.py` for the files, `callbacks.py` for what c
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 
 from mechscope.dictionaries.checkpoints import Checkpoints
 from mechscope.dictionaries.dictionary import Dictionary, Reconstruction
+from mechscope.dictionaries.parallel import PATIENCE, Together
 from mechscope.errors import DictionaryError, did_you_mean
 
 Progress = Callable[[str, int, int], None]
@@ -63,6 +65,7 @@ def train(
     record: int = 50,
     schedules: Mapping[str, Callable[[float], float]] | None = None,
     callbacks: Sequence[Callback] = (),
+    patience: float = PATIENCE,
     progress: Progress | None = None,
 ) -> T:
     """This trains dictionaries in place with Adam and returns them; a folder `out` makes the run safe to kill.
@@ -74,7 +77,8 @@ def train(
     clip: the largest norm of a gradient. every: steps between checkpoints, of which the last two are kept. record:
     steps between figures in the log, `facts["training"]["log"]`. schedules: options that change on the way, each a
     function of the share of the training that is done: {"l1": lambda done: 5 * min(1, 20 * done)}. callbacks: called
-    with a `Training` after each step. progress(what, done, of).
+    with a `Training` after each step. progress(what, done, of). Started by `torchrun`, within `processes()`, a step is
+    of the batches of all processes (`parallel.py`); one that is late by `patience` seconds is named.
 
     A run that `out` holds half done is gone on with, from where its batches had got to: `batches` is told by
     `.resume(state)`, or, where it has none, the batches already seen are drawn and left out. A run that `out` holds
@@ -105,32 +109,34 @@ def train(
         return dictionaries
 
     optimisers = [adam(d, rate) for d, rate in zip(trained, rates)]
+    together = Together(patience)
     started = kept.restore(trained, optimisers) if kept is not None else None
     if started is None:
         step, logs = 0, [[] for _ in trained]
-        batches = _begin(trained, batches)
+        batches = _begin(trained, batches, together)
     else:
         step, logs = started.step, started.logs
-        batches = _resumed(batches, started.state, step)
+        batches = _resumed(batches, together.mine(started.state), step)
     source = iter(batches)
 
     for d in trained:
         d.train()
-    examples = 0
+    found: list[Reconstruction] = []
     while step < steps:
         batch = next(source, None)
-        if batch is None:
+        together.meet(step)
+        if not together.has(batch is not None):
             raise DictionaryError(
                 f"the batches ended after {step} of {steps} steps; give more text, or stream it with loop=True"
             )
         factor = rate_at(step, steps, warmup, decay)
-        found = []
         for d, optimiser, rate in zip(trained, optimisers, rates):
             for group in optimiser.param_groups:
                 group["lr"] = rate * factor
             for option, value in (schedules or {}).items():
                 setattr(d, option, value(step / steps))
-            found.append(one_step(d, optimiser, batch, step / steps, clip))
+        made = [one_step(d, o, batch, step / steps, clip, together) for d, o in zip(trained, optimisers)]
+        found = [new or old for new, old in zip(made, found or made)]  # what a process without a batch saw last
         step += 1
         if step % record == 0 or step in (1, steps):
             for d, what, log in zip(trained, found, logs):
@@ -138,35 +144,50 @@ def train(
         moment = Training(trained, optimisers, steps, step, batch, found, logs, names)
         for callback in callbacks:
             callback(moment)
-        examples = found[0].output[..., 0].numel()
         if kept is not None and step % every == 0 and step < steps:
-            kept.save(trained, optimisers, step, logs, _state(batches))
+            state = together.states(_state(batches))
+            if together.rank == 0:
+                kept.save(trained, optimisers, step, logs, state)
         if progress is not None:
             progress("steps", step, steps)
 
     described = batches.facts() if hasattr(batches, "facts") else {}  # type: ignore[attr-defined]
     for d, log, rate in zip(trained, logs, rates):
-        d.facts |= {**described, "training": {**recipe, "lr": rate, "batch": examples, "log": log}}
+        d.facts |= {**described, "training": {**recipe, "lr": rate, "processes": together.size, "log": log}}
         d.eval()
-    if kept is not None:
+    if kept is not None and together.rank == 0:
         kept.finish(trained)
+    together.settle()
     return dictionaries
 
 
 def one_step(
-    dictionary: Dictionary, optimiser: torch.optim.Optimizer, batch: Any, fraction: float, clip: float | None = None
-) -> Reconstruction:
-    """This is one step of one dictionary: forward, backward, update, constraints, and the count of idle latents."""
+    dictionary: Dictionary,
+    optimiser: torch.optim.Optimizer,
+    batch: Any,
+    fraction: float,
+    clip: float | None = None,
+    together: Together | None = None,
+) -> Any:
+    """This is one step of one dictionary: forward, backward, update, constraints, and the count of idle latents.
+
+    Returns the Reconstruction, or None where this process has no batch and `together` has others that do.
+    """
     dictionary.anneal(fraction)
-    found = dictionary.reconstruct(batch)
-    loss = found.loss
-    loss.backward()
+    found = None if batch is None else dictionary.reconstruct(batch)
+    if found is not None:
+        found.loss.backward()
+    examples = found.examples if found is not None else 0
+    if together is not None:
+        together.share(dictionary, examples)
     if clip is not None:
         torch.nn.utils.clip_grad_norm_(dictionary.parameters(), clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     dictionary.after_step()
-    dictionary.count(found)
+    with contextlib.nullcontext() if together is None else together.counting(dictionary, examples):
+        if found is not None:
+            dictionary.count(found)
     return found
 
 
@@ -210,22 +231,23 @@ def named(dictionaries: Sequence[Dictionary]) -> list[str]:
     ]
 
 
-def _begin(trained: list[Dictionary], batches: Iterable[Any]) -> Iterable[Any]:
+def _begin(trained: list[Dictionary], batches: Iterable[Any], together: Together) -> Iterable[Any]:
     """This sets scales and middles from the first vectors, and gives back batches that start where they did."""
     state = _state(batches)
     source = iter(batches)
     first: list[Any] = []
     seen = 0
-    while seen < FIRST and (batch := next(source, None)) is not None:
+    while seen < FIRST // together.size and (batch := next(source, None)) is not None:
         first.append(batch)
         x = trained[0].parts(batch)[0]
         seen += x.shape[0]
     if not seen:
         raise DictionaryError("there is nothing to train on: the iterator of batches is empty")
+    together.meet(0)
     for d in trained:
         parts = [d.parts(batch) for batch in first]
         targets = [target for _, target in parts if target is not None]
-        d.begin(torch.cat([x for x, _ in parts]), torch.cat(targets) if targets else None)
+        together.begin(d, torch.cat([x for x, _ in parts]), torch.cat(targets) if targets else None)
     if state is not None:
         batches.resume(state)  # type: ignore[attr-defined]
         return batches

@@ -164,9 +164,9 @@ def with_copy_suppression(
     model: Model, kinds: units.Heads, ids: list[list[int]], seed: int, notes: dict[str, list[str]]
 ) -> units.Heads:
     """This is the kinds and, measured on rows of the text itself, copy suppression."""
-    rows = [row for row in ids if len(row) == len(ids[0])][:SUPPRESSED] if ids else []
-    name = "kinds of heads: copy suppression"
-    kind = attempted(lambda: units.copy_suppression_kind(model, torch.tensor(rows), seed), name, notes) if rows else None
+    rows = torch.tensor([row for row in ids if len(row) == len(ids[0])][:SUPPRESSED])
+    part = "kinds of heads: copy suppression"
+    kind = attempted(lambda: units.copy_suppression_kind(model, rows, seed), part, notes)
     if kind is None or any(one.score.shape != kind.score.shape for one in kinds):
         return kinds
     choices = {**kinds.choices, "copy suppression": kind.text}

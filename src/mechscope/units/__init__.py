@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mechscope.units.congruence import neuron_patching, token_congruence
     from mechscope.units.effective import effective_ov
     from mechscope.units.examples import Example, Examples, Harvest
+    from mechscope.units.few_shot import FewShot, false_induction_heads, misled
     from mechscope.units.harvesting import harvest, join
     from mechscope.units.head_kinds import heads, untrained_twin
     from mechscope.units.ioi_roles import ioi_heads
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from mechscope.units.kinds import Heads, Kind
     from mechscope.units.knowing import Knowledge, knowledge_effects, knowledge_neurons
     from mechscope.units.mending import repaired_by_suppression
-    from mechscope.units.few_shot import FewShot, false_induction_heads, misled
     from mechscope.units.patterns import pattern_kinds, repeats
     from mechscope.units.phase import tracked
     from mechscope.units.pruning import pruning_curve

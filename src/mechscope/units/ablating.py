@@ -10,8 +10,9 @@ resample  z = another row's, at the same position: as mean, with values that the
                 costs wherever it points
 
 Every run begins at the head's own block, with the stream as it was, so one head of layer l in L costs (L - l) / L of
-a forward, and as much again with the control. Zero and mean ablation as in Michel, Levy and Neubig 2019 (arXiv:1905.10650) and Wang et al. 2022
-(arXiv:2211.00593); what each of them hides: Zhang and Nanda 2024 (arXiv:2309.16042).
+a forward, and as much again with the control. Zero and mean ablation as in Michel, Levy and Neubig 2019
+(arXiv:1905.10650) and Wang et al. 2022 (arXiv:2211.00593); what each of them hides: Zhang and Nanda 2024
+(arXiv:2309.16042).
 """
 
 from __future__ import annotations
@@ -129,8 +130,9 @@ def head_importance(
 
     ids: [row pos], a text's contexts. value: what stands in for a head, "mean", "zero" or "resample". control: whether
     every head is also changed as much in a random direction, for as many runs again. counted: bool [row pos-1],
-    which predictions count, all by default. Raises UnitsError for another value or no rows, SiteError where the model has no
-    z.
+    which predictions count, all by default.
+
+    Raises UnitsError for another value or no rows, SiteError where the model has no z.
 
     >>> head_importance(model, ids).score.argmax()  # doctest: +SKIP
     tensor(17)

@@ -5,8 +5,8 @@
                            of their triggers is among the `LOWEST` of all tokens by what the neuron adds to logits
                            control: the trigger of another token neuron, drawn at random, in the trigger's place
 
-Voita, Ferrando & Nalmpantis 2023 (arXiv:2309.04827, sections 3 to 5): early layers are full of dead and of token neurons,
-and many of the latter remove the very token from the stream that switched them on. The twin has the same weights in
+Voita, Ferrando & Nalmpantis 2023 (arXiv:2309.04827, sections 3 to 5): early layers are full of dead and of token
+neurons, and many of the latter remove the very token from the stream that switched them on. The twin has the same weights in
 another order within each matrix (`untrained_twin`). Intervals are over the neurons of a layer.
 """
 
@@ -111,7 +111,8 @@ def suppression(model: Model, found: Responses, seed: int = 0) -> dict[int, tupl
         if site not in written:
             written[site] = neurons_written(model, int(site.split(".")[-2])).rows
         logits = rows @ written[site][int(number.rstrip("]"))]
-        low = float(logits.quantile(LOWEST))
+        # A neuron that moves few tokens leaves the rest alike, and the lowest of those is nothing written against.
+        low = float(torch.minimum(logits.quantile(LOWEST), logits.median() - 1e-3 * logits.abs().max()))
         others = [other for other in mine if not set(found.triggers[other]) & set(found.triggers[unit])]
         another = others[int(torch.randint(len(others), (), generator=generator))] if others else None
         against = [bool((logits[found.triggers[u]] <= low).any()) if u is not None else False for u in (unit, another)]

@@ -150,7 +150,7 @@ def neuron_patching(
     for at in order:
         row, n = divmod(at, size)
         value = float(mean[row, n]), float(low[row, n]), float(high[row, n])
-        share = None if gap is None else tuple(x / gap for x in value)
+        share = None if gap is None else (value[0] / gap, value[1] / gap, value[2] / gap)
         table.append(Row(f"{chosen[row]}.{n}", (value, share)))
     for i, (row, pair) in enumerate(zip(drawn, ends)):
         table.append(Row(f"random change {i + 1}", ((float(row.mean()), *pair), None), control=True))

@@ -6,7 +6,7 @@ label of the next class, in the right one its own. Both have the same inputs. Ea
     label-attending   attention from the end to the labels shown for the asked class, less a (k - 1)th of that to the
                       other labels, in the false prompts (the prefix-matching score)
                       control: the classes dealt out to the demonstrations at random
-    false-induction   what attending to the labels shown adds, at the end, to the false label's logit over the right one's
+    false-induction   what attending to the labels shown adds, at the end, to the false label's logit over the right's
                       control: the same in the right prompts, where nothing false is shown
 
 The first is where a head looks and holds of every head that matches labels; the second is what it does with what it
@@ -230,8 +230,8 @@ def _ids(model: Model, prompt: FewShot, false: bool) -> tuple[list[int], list[in
         through = model.ids("".join(map(str, pieces[: 4 * shown + 3])))[0]
         if len(through) != len(before) + 1 or whole[: len(through)] != through:
             raise UnitsError(
-                f"the label {pieces[4 * shown + 2]!r} is not one token after {pieces[4 * shown + 1]!r} in {model.name}; "
-                "take labels of one token each, with their leading space"
+                f"the label {pieces[4 * shown + 2]!r} is not one token after {pieces[4 * shown + 1]!r} in "
+                f"{model.name}; take labels of one token each, with their leading space"
             )
         places.append(len(through) - 1)
     return whole, places

@@ -5,7 +5,7 @@
     iteration     mean over t of the attention from where s_t is predicted to x_t
     control       the same attention to another input of the row, drawn at random for every t
 
-Rows should have different numbers of inputs: where all have as many, a head that always looks as far back does the same.
+Rows should have different numbers of inputs: where all have as many, a head of fixed distance does the same.
 Source: Cabannes et al. 2024 (arXiv:2406.02128), who find the head in the second layer of a transformer of two.
 """
 

@@ -209,13 +209,24 @@ def random_neurons(fact: Knowledge, generator: torch.Generator) -> list[Neuron]:
 
 
 def one_token(model: Model, answer: str | int) -> int:
+    """This is the id of an answer that is one token, after a word where the tokenizer splits it off at a beginning.
+
+    Raises UnitsError for text that is several.
+    """
     if isinstance(answer, int):
         return answer
-    ids = model.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        shown = ", ".join(map(repr, model.strings(ids)))
-        raise UnitsError(f"the answer {answer!r} is {len(ids)} tokens here ({shown}); give one that is one token")
-    return ids[0]
+
+    def ids(text: str) -> list[int]:
+        return model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    alone, word = ids(answer), ids("The")
+    after = ids(f"The{answer}")
+    if len(alone) == 1:
+        return alone[0]
+    if after[:-1] == word:  # such as Llama's own, which puts a space before all text
+        return after[-1]
+    shown = ", ".join(map(repr, model.strings(alone)))
+    raise UnitsError(f"the answer {answer!r} is {len(alone)} tokens here ({shown}); give one that is one token")
 
 
 def _mean(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:

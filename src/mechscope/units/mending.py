@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mechscope import edits
 from mechscope.causal.evidence import Column, Evidence, Row, Score, Scores
 from mechscope.causal.table import recorded
 from mechscope.errors import UnitsError
@@ -44,8 +43,8 @@ def repaired_by_suppression(
     """This is the share of self-repair that each later head explains, and what of that is copy suppression.
 
     task: its first answer and first distractor are asked for, in logits. ablated: heads, (layer, head). by: "mean" over
-    the prompts of one length, or "zero". share: of the tokens seen, how many the preserving ablation may keep. Two runs
-    a batch.
+    all prompts and positions, or "zero". share: of the tokens seen, how many the preserving ablation may keep. Two or
+    three runs a batch.
 
     Raises UnitsError for heads that are not there and another `by`, and where nothing is repaired.
 
@@ -58,7 +57,9 @@ def repaired_by_suppression(
         if not (0 <= layer < model.n_layers and 0 <= head < model.n_heads):
             raise UnitsError(f"no head {layer}.{head}: {model.name} has {model.n_layers} layers of {model.n_heads}")
     started = time.perf_counter()
-    parts = [_measured(model, batch, ablated, by, share) for batch in task.batches(model)]
+    batches = task.batches(model)
+    instead = _means(model, batches, ablated) if by == "mean" else dict.fromkeys(_sites(ablated), 0.0)
+    parts = [_measured(model, batch, ablated, instead, share) for batch in batches]
     fell, lost, own, preserved, exchanged = (torch.cat(part, -1).double() for part in zip(*parts))
     repaired = lost - fell
     if abs(float(repaired.mean())) < LEAST:
@@ -91,22 +92,21 @@ def repaired_by_suppression(
         provenance=recorded(
             model, task, repaired_by_suppression, ablated=[list(at) for at in ablated], by=by, share=share
         ),
-        cost={"seconds": time.perf_counter() - started, "runs": 2 * len(parts)},
+        cost={"seconds": time.perf_counter() - started, "runs": (2 + (by == "mean")) * len(parts)},
         tensors={"own": own, "preserved": preserved, "repaired": repaired},
     )
 
 
 @torch.no_grad()
 def _measured(
-    model: Model, batch: Batch, ablated: Sequence[tuple[int, int]], by: str, share: float
+    model: Model, batch: Batch, ablated: Sequence[tuple[int, int]], instead: dict[str, Any], share: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """This is what the metric falls by and what was lost [row]; each head's rise, whole and kept [layer head row]."""
     last = f"blocks.{model.n_layers - 1}.resid_post"
     save = [*(f"blocks.*.{name}" for name in ("pattern", "v", "head_out", "resid_pre")), last]
-    edit = edits.zero() if by == "zero" else edits.mean(("batch",))
     clean = model.run(batch.clean, save=save)
     prove_keys(model, range(model.n_layers), clean)
-    without = model.run(batch.clean, save=save, edits={f"blocks.{a}.z[head={b}]": edit for a, b in ablated})
+    without = model.run(batch.clean, save=save, edits=instead)
     tokens = torch.stack([batch.answers[:, 0], batch.distractors[:, 0]], 1)
     effect = to_logits(model, clean[last][:, -1:], tokens)
     along = directions(model, batch.clean, clean[last])
@@ -134,11 +134,11 @@ def _measured(
             wrote = from_keys(model, layer, torch.ones_like(pattern[:, :, 0]), value)  # [row head key d_model]
             # What was predicted with the heads: a head that stops taking that back repairs.
             predicted = predicted_by_lens(model, clean[f"blocks.{layer}.resid_pre"], batch.clean)
-            instead = Preserved(turned, predicted.roll(1, 2) if exchange else predicted, share)
+            keeping = Preserved(turned, predicted.roll(1, 2) if exchange else predicted, share)
             held = gain(model, layer, out[f"blocks.{layer}.head_out"])
             by_head = []
             for head in range(pattern.shape[1]):
-                size = instead.parts(wrote[:, head], torch.zeros_like(wrote[0, 0, 0]))[:, -1]
+                size = keeping.parts(wrote[:, head], torch.zeros_like(wrote[0, 0, 0]))[:, -1]
                 by_head.append(torch.einsum("rk, rkd -> rd", pattern[:, head, -1].to(size) * size, turned))
             found.append(over(torch.stack(by_head, 1) * (held[:, -1:] if isinstance(held, Tensor) else held)))
         return torch.stack(found)
@@ -149,6 +149,21 @@ def _measured(
     fell = metric(clean) - metric(without)
     preserved, exchanged = (kept(without, turn) - kept(clean, turn) for turn in (False, True))
     return fell.cpu(), lost.cpu(), rise.cpu(), preserved.cpu(), exchanged.cpu()
+
+
+def _sites(heads: Sequence[tuple[int, int]]) -> list[str]:
+    return [f"blocks.{layer}.z[head={head}]" for layer, head in heads]
+
+
+@torch.no_grad()
+def _means(model: Model, batches: Sequence[Batch], heads: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """This is each head's mean z [d_head] over all prompts and positions, by its site."""
+    found: dict[str, list[Tensor]] = {site: [] for site in _sites(heads)}
+    for batch in batches:
+        out = model.run(batch.clean, save=list(found))
+        for site, parts in found.items():
+            parts.append(out[site].flatten(0, -2))
+    return {site: torch.cat(parts).mean(0) for site, parts in found.items()}
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Score:

@@ -3,8 +3,8 @@
     curve(order)[n] = loss with the first n heads of an order written over by their mean over the text
     control         = the same with heads in random orders
 
-Importance is given, once, as in Bansal et al. 2023 (arXiv:2212.09095), who remove the heads of OPT-66B a tenth at a time
-and find about 70 % of them superfluous for 14 tasks. Where the heads of a kind stand in the order is what
+Importance is given, once, as in Bansal et al. 2023 (arXiv:2212.09095), who remove the heads of OPT-66B a tenth at a
+time and find about 70 % of them superfluous for 14 tasks. Where the heads of a kind stand in the order is what
 `over_represented` asks.
 """
 
@@ -76,8 +76,8 @@ def pruning_curve(
     return Evidence(
         question=f"how many heads {model.name} can do without",
         answer=(
-            f"without {spared} of {total} heads the loss rises by less than {TOLERATED:.0%} of what it rises by without "
-            f"any{against}"
+            f"without {spared} of {total} heads the loss rises by less than {TOLERATED:.0%} of what it rises by "
+            f"without any{against}"
         ),
         tables=(Scores("heads removed", columns, tuple(rows), about="the least important first"),),
         choices={

@@ -98,7 +98,7 @@ def residue_features(
 
 
 def written_for(model: Model, head: tuple[int, int], stream: Tensor, tokens: Tensor) -> Tensor:
-    """This is which member a head gives the highest logit where it attends to a stream [.. member d] alone [.. member]."""
+    """This is the member [..] that a head gives the highest logit where it attends to a stream [.. d] alone."""
     layer, which = head
     site, flat = f"blocks.{layer}.head_out", stream.flatten(0, -2)[:, None]
     words = model.readout.direction(tokens)

@@ -2,7 +2,7 @@
 
     dead         never active on the text
     token        active only on a few tokens: those on which it is nearly always active (`SURE` of the time) account
-                 for nearly all of its activity (`SURE` of it), and there are at most `FEW` of them
+                 for nearly all of its activity (`SURE` of it), there are at most `FEW` of them, each seen `SEEN` times
     bigram       the same with the token before and the token, where the token alone does not tell
     positional   being active tells the position: their mutual information, in nats, less that with positions handed
                  out at random, is above `INFORMED`
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from mechscope.models.model import Model
 
-SURE, FEW, INFORMED, RARE = 0.95, 5, 0.05, 0.2
+SURE, FEW, SEEN, INFORMED, RARE = 0.95, 5, 3, 0.05, 0.2
 """See above; a unit that is active on more than `RARE` of a first batch is not looked at as a detector of tokens."""
 
 KINDS = ("dead", "token", "bigram", "positional", "other")
@@ -225,11 +225,11 @@ class Counts:
         size = self.vocab if tally is self.pairs else (self.vocab + 1) * self.vocab
         unit, code = np.divmod(tally.keys, size)
         often = occurrences.of(code)
-        sure = tally.counts >= SURE * often
+        # What was seen once or twice tells nothing of "nearly always".
+        sure = (tally.counts >= SURE * often) & (often >= SEEN)
         explained = np.bincount(unit[sure], tally.counts[sure], minlength=len(self.active))
         many = np.bincount(unit[sure], minlength=len(self.active))
         active = self.active.numpy()
-        # Something that was seen once or twice tells nothing of "nearly always".
         told = (active >= 5) & (explained >= SURE * active) & (many <= FEW)
         return {int(u): code[sure & (unit == u)].tolist() for u in np.flatnonzero(told)}
 

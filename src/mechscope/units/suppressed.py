@@ -4,8 +4,8 @@
     copy-suppression  minus what the head adds at q to that token's logit, over the mean of the tokens seen; mean over q
     control           the same of another token seen, drawn at random
 
-Two forwards' worth tell it of every head, in logits. Whether that is all that a head does takes the ablation that preserves it:
-`copy_suppression`. Source: McDougall et al. 2023 (arXiv:2310.04625).
+Two forwards' worth tell it of every head, in logits. Whether that is all that a head does takes the ablation that
+preserves it: `copy_suppression`. Source: McDougall et al. 2023 (arXiv:2310.04625).
 """
 
 from __future__ import annotations

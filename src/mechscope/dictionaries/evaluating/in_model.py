@@ -29,16 +29,14 @@ from mechscope.dictionaries.evaluating.rows import coded
 from mechscope.dictionaries.evaluating.tally import Tally
 from mechscope.edits import unchanged
 from mechscope.errors import DictionaryError
-from mechscope.models.stream import contexts
+from mechscope.models.contexts import contexts
+from mechscope.models.token_mask import TokenMask
 
 if TYPE_CHECKING:
     from mechscope.models.model import Model
 
 EXACT = 1e-5
 """An error below this share of the vector's norm is rounding."""
-
-Keep = Callable[[Tensor, Tensor], Tensor]
-"""Which tokens are replaced: from ids [rows pos] and the site's values [rows pos d] to [rows pos] bool."""
 
 
 def loss_recovered(
@@ -51,14 +49,15 @@ def loss_recovered(
     limit: int | None = None,
     rows: int = 16,
     draws: int = 1,
-    keep: Keep | None = None,
+    mask: TokenMask | None = None,
     seed: int = 0,
 ) -> DictionaryReport:
     """This runs the model with a site replaced by its reconstruction, by zero, by its mean, and by noise as large.
 
     texts: texts, or ids [rows, context]. at: the site, or (reads, writes); the dictionary's own unless given. context:
-    tokens in a row; limit: rows at most. rows: how many run together. draws: of noise for each row. keep: which tokens
-    are replaced; all but special ones unless given. A transcoder's reconstruction takes the place of what it writes.
+    tokens in a row; limit: rows at most. rows: how many run together. draws: of noise for each row. mask: which tokens
+    are replaced; unless given those that the dictionary says it was trained on, or all but special ones. A transcoder's
+    reconstruction takes the place of what it writes.
 
     Intervals are over rows. Raises DictionaryError for a dictionary without a site, or of several.
 
@@ -70,10 +69,11 @@ def loss_recovered(
     if not any(len(row) > 1 for row in held):
         raise DictionaryError("no text is longer than one token, so that no next token can be predicted; give more")
     tally, random = Tally(block=1), torch.Generator().manual_seed(seed)
-    mean = _mean(model, held, writes, rows, keep)
+    mask = _mask(model, dictionary, mask).of(model)
+    mask, mean = _mean(model, held, writes, rows, mask)
     for batch in _batches(held, rows):
-        tally.add(_measured(model, batch, dictionary, reads, writes, mean, draws, keep, random))
-    return _report(model, dictionary, tally, reads, writes, context, draws, keep, seed)
+        tally.add(_measured(model, batch, dictionary, reads, writes, mean, draws, mask, random))
+    return _report(model, dictionary, tally, reads, writes, context, draws, mask, seed)
 
 
 # One batch
@@ -81,30 +81,23 @@ def loss_recovered(
 
 @dataclass(frozen=True)
 class _Site:
-    """This is what a batch has at a site, as vectors [rows pos d], and which of them are replaced."""
+    """This is what a batch has at a site, as vectors [rows pos d] and as it is, and which of them are replaced."""
 
-    values: Tensor
+    vectors: Tensor
     kept: Tensor
-    shape: torch.Size
+    values: Tensor
 
     def put(self, vectors: Tensor) -> Any:
         """This is an edit that puts vectors [rows pos d] at the tokens that are replaced."""
-        placed = torch.where(self.kept[..., None], vectors.to(self.values), self.values)
-        if len(self.shape) == 4:  # [rows head pos d]
-            placed = placed.unflatten(-1, (self.shape[1], -1)).transpose(1, 2)
-        return unchanged(lambda _: placed)
+        placed = torch.where(self.kept[..., None], vectors, self.vectors)
+        if self.values.ndim == 4:  # [rows head pos d]
+            placed = placed.unflatten(-1, (self.values.shape[1], -1)).transpose(1, 2)
+        return unchanged(lambda _: placed.to(self.values))
 
 
 def _flat(values: Tensor) -> Tensor:
     """This is a site's values as [rows pos d], heads side by side."""
     return values.transpose(1, 2).flatten(2) if values.ndim == 4 else values
-
-
-def _kept(model: Model, ids: Tensor, values: Tensor, keep: Keep | None) -> Tensor:
-    if keep is not None:
-        return keep(ids, values).to(values.device)
-    special = sorted(set(getattr(model.tokenizer, "all_special_ids", ()) or ()))
-    return ~torch.isin(ids, torch.tensor(special, dtype=torch.long)).to(values.device)
 
 
 @torch.no_grad()
@@ -116,28 +109,28 @@ def _measured(
     writes: str,
     mean: Tensor,
     draws: int,
-    keep: Keep | None,
+    mask: TokenMask,
     random: torch.Generator,
 ) -> Tensor:
     """This is what a batch adds for each of its rows, [rows, quantities], in the order of `_NAMES`."""
     ids = torch.tensor(batch)
     clean = model.run(ids, save=[reads, writes] if reads != writes else reads)
-    x, y = _flat(clean[reads]), _flat(clean[writes])
-    site = _Site(y, _kept(model, ids, y, keep), clean[writes].shape)
+    x, y = _flat(clean[reads]), _flat(clean[writes]).float()
+    site = _Site(y, mask(ids, values={writes: y}).to(y.device), clean[writes])
     output = coded(dictionary, x.reshape(-1, x.shape[-1]))[1].view_as(y).to(y)
     error = (output - y).norm(dim=-1, keepdim=True)
     restored = output * (y.norm(dim=-1, keepdim=True) / output.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
     tokens = site.kept[:, :-1].float()
-    before = clean.logits.log_softmax(-1)
+    before = clean.logits.float().log_softmax(-1)
     losses, divergences = [_loss(before, ids, tokens)], []
     for vectors in (output, torch.zeros_like(y), mean.to(y).expand_as(y)):
-        after = model.run(ids, edits={writes: site.put(vectors)}).logits.log_softmax(-1)
+        after = model.run(ids, edits={writes: site.put(vectors)}).logits.float().log_softmax(-1)
         losses.append(_loss(after, ids, tokens))
         divergences.append(_divergence(before, after, site.kept))
 
     def of(vectors: Tensor) -> Tensor:
-        after = model.run(ids, edits={writes: site.put(vectors)}).logits.log_softmax(-1)
+        after = model.run(ids, edits={writes: site.put(vectors)}).logits.float().log_softmax(-1)
         return _divergence(before, after, site.kept)
 
     noise = [_unit(y, random) for _ in range(draws)]
@@ -146,7 +139,8 @@ def _measured(
     divergences.append(sum((of(_turned(y, restored, u)) for u in noise), torch.zeros(len(ids))) / draws)
     kept = site.kept.float()
     sizes = [(kept * error[..., 0].square()).sum(1), (kept * y.square().sum(-1)).sum(1)]
-    return torch.stack([tokens.sum(1), kept.sum(1), *losses, *divergences, *sizes], 1).cpu()
+    counts = [tokens.sum(1), kept.sum(1)]
+    return torch.stack([sums.cpu() for sums in (*counts, *losses, *divergences, *sizes)], 1)
 
 
 _NAMES = (
@@ -204,16 +198,22 @@ def _batches(held: list[list[int]], rows: int) -> Iterator[list[list[int]]]:
             yield from (same[start : start + rows] for start in range(0, len(same), rows))
 
 
+def _mask(model: Model, dictionary: Dictionary, mask: TokenMask | None) -> TokenMask:
+    held = dictionary.facts.get("mask")
+    return mask or (TokenMask.from_json(held) if isinstance(held, dict) else TokenMask())
+
+
 @torch.no_grad()
-def _mean(model: Model, held: list[list[int]], site: str, rows: int, keep: Keep | None) -> Tensor:
-    """This is the mean of a site's vectors [d] over the tokens that are replaced."""
+def _mean(model: Model, held: list[list[int]], site: str, rows: int, mask: TokenMask) -> tuple[TokenMask, Tensor]:
+    """This is the mask with the median norm of a first batch, if it needs one, and the mean of what it keeps [d]."""
     total, count = torch.zeros(()), 0
     for batch in _batches(held, rows):
         ids = torch.tensor(batch)
         values = _flat(model.run(ids, save=site, stop_at=site)[site])
-        kept = values[_kept(model, ids, values, keep)].double()
+        mask = mask.fitted(ids, None, {site: values})
+        kept = values[mask(ids, values={site: values}).to(values.device)].double()
         total, count = total.to(kept) + kept.sum(0), count + len(kept)
-    return (total / max(1, count)).float()
+    return mask, (total / max(1, count)).float()
 
 
 def _report(
@@ -224,7 +224,7 @@ def _report(
     writes: str,
     context: int,
     draws: int,
-    keep: Keep | None,
+    mask: TokenMask,
     seed: int,
 ) -> DictionaryReport:
     def per(total: Tensor, name: str) -> Tensor:
@@ -279,7 +279,7 @@ def _report(
         measures=measures,
         choices={
             "rows": f"{len(tally.sums)} of at most {context} tokens, all run once for each replacement",
-            "replaced": "every token that is not special" if keep is None else "the tokens that were asked for",
+            "replaced": str(mask),
             "noise": f"{draws} draw(s) for each token, isotropic",
             "intervals": "bootstrap over rows",
         },

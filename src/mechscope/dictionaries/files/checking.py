@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechscope.dictionaries.cross_layer import CrossLayerTranscoder
 from mechscope.dictionaries.crosscoder import Crosscoder
 from mechscope.dictionaries.dictionary import Coder, Dictionary
 from mechscope.dictionaries.files.normed import Normed
@@ -81,40 +82,46 @@ def check(dictionary: Dictionary, batch: Any, *, warn: bool = True) -> Check:
     """
     x, target = dictionary.parts(batch)
     y = x if target is None else target
+    joint = isinstance(dictionary, Crosscoder | CrossLayerTranscoder)  # [n, sites, d]: several sites at once
+    by_position = not joint and x.ndim == 3 and x.shape[1] > 1
+    later = (_rows(x[:, 1:]), _rows(y[:, 1:])) if by_position else None
+    x, y = (x[:ROWS], y[:ROWS]) if joint else (_rows(x), _rows(y))
     output, l0, dead = _run(dictionary, x, y)
     fvu = _fvu(output, y)
     problems = _problems(dictionary, fvu, l0)
     tried: list[Trial] = []
-    if problems or fvu > 0.5:
-        for what, type_next, out, wanted, active in _suspects(dictionary, x, y):
-            tried.append(Trial(what, type_next, _fvu(out, wanted), active))
-    best = min(tried, key=lambda trial: trial.fvu, default=None)
+    if (problems or fvu > 0.5) and not joint:
+        for what, type_next, out, target, active in _suspects(dictionary, x, y, later):
+            tried.append(Trial(what, type_next, _fvu(out, target), active))
+    least = min((trial.fvu for trial in tried), default=0.0)
+    best = next((trial for trial in tried if trial.fvu <= 1.05 * least + 0.005), None)  # the plainest of the best
     fix = best if best is not None and best.fvu < min(1.0, BETTER * fvu) else None
     if problems and fix is None:
         problems.append(
             "none of the usual mistakes explains it: is it the site, layer and model that the dictionary was made for "
             f"({dictionary.reads or 'it does not say'})?"
         )
-    whole = Check(fvu, l0, dead, min(ROWS, y[..., 0].numel()), sorted(tried, key=lambda t: t.fvu), problems, fix)
+    whole = Check(fvu, l0, dead, len(y), sorted(tried, key=lambda t: t.fvu), problems, fix)
     if warn and problems:
         advice = f"; {fix.what} gives FVU {fix.fvu:.3f}: {fix.type_next}" if fix else ""
-        warnings.warn(f"{'; '.join(problems)}{advice}", stacklevel=2)
+        warnings.warn(f"{'; '.join(problems)}{advice}", stacklevel=3)
     return whole
 
 
 def _run(dictionary: Dictionary, x: Tensor, y: Tensor) -> tuple[Tensor, float, float]:
-    """This is (output, L0, share of dead latents) on the first rows."""
-    found = dictionary(_rows(x), _rows(y))
+    """This is (output, L0, share of dead latents) on vectors."""
+    found = dictionary(x, y)
     fired = found.fired()
     return found.output, found.l0, (fired == 0).float().mean().item()
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.ndim < 3 else x.flatten(0, 1)[:ROWS] if x.ndim == 3 else x
+    """This is the first vectors [n, d] of a tensor [..., d]."""
+    return x.reshape(-1, x.shape[-1])[:ROWS].float()
 
 
 def _fvu(output: Tensor, target: Tensor) -> float:
-    target = _rows(target).to(output)
+    target = target.to(output)
     return ((output - target).square().sum() / (target - target.mean(0)).square().sum().clamp_min(1e-30)).item()
 
 
@@ -132,51 +139,51 @@ def _problems(dictionary: Dictionary, fvu: float, l0: float) -> list[str]:
     return out
 
 
-def _suspects(dictionary: Dictionary, x: Tensor, y: Tensor) -> Iterator[tuple[str, str, Tensor, Tensor, float]]:
-    """This yields (what is done, what to type, output, target, L0) for each way of using the dictionary otherwise."""
-    if not isinstance(dictionary, Normed | Coder) or isinstance(dictionary, Crosscoder):
-        return  # several sites at once: each would have its own
-    positions = x.ndim == 3 and x.shape[1] > 1
-    flat, wanted = _rows(x).float(), _rows(y).float()
+def _suspects(
+    dictionary: Dictionary, x: Tensor, y: Tensor, later: tuple[Tensor, Tensor] | None
+) -> Iterator[tuple[str, str, Tensor, Tensor, float]]:
+    """This yields (what is done, what to type, output, target, L0) for each way of using the dictionary otherwise.
+
+    The plainest come first: of those that do equally well, the first is named.
+    """
     auto = dictionary.reads == dictionary.writes and dictionary.d_in == dictionary.d_out
 
     def through(inner: Tensor) -> tuple[Tensor, float]:
-        output, l0, _ = _run(dictionary, inner, wanted)
+        output, l0, _ = _run(dictionary, inner, y)
         return output.float(), l0
 
-    for factor, name in _factors(dictionary, flat):
-        out, l0 = through(flat * factor)
+    for factor, name in _factors(dictionary, x):
+        out, l0 = through(x * factor)
         typed = f"read it with scale={factor:.6g}"
         if auto:
-            yield f"multiplying inputs by {factor:.4g} ({name})", typed, out / factor, wanted, l0
+            yield f"multiplying inputs by {factor:.4g} ({name})", typed, out / factor, y, l0
         else:
-            yield f"multiplying inputs by {factor:.4g} ({name})", typed, out, wanted, l0
-            least = (out - out.mean(0)).flatten(), (wanted - wanted.mean(0)).flatten()
+            yield f"multiplying inputs by {factor:.4g} ({name})", typed, out, y, l0
+            least = (out - out.mean(0)).flatten(), (y - y.mean(0)).flatten()
             fitted = (least[0] @ least[1] / least[0].square().sum().clamp_min(1e-30)).item()
             yield (
                 f"multiplying inputs by {factor:.4g} ({name}) and outputs by {fitted:.4g}",
                 f"{typed}, and then dictionary.scale_out.fill_({1 / fitted if fitted else 1:.6g})",
-                (out - out.mean(0)) * fitted + wanted.mean(0), wanted, l0,
+                (out - out.mean(0)) * fitted + y.mean(0), y, l0,
             )  # fmt: skip
-    if auto and not isinstance(dictionary, Normed):
-        yield from _by_itself(flat, wanted, through)
-    mean = flat.mean(-1, keepdim=True)
-    out, l0 = through(flat - mean)
-    centred = wanted - wanted.mean(-1, keepdim=True) if auto else wanted
+    mean = x.mean(-1, keepdim=True)
+    out, l0 = through(x - mean)
+    centred = y - y.mean(-1, keepdim=True) if auto else y
     what = "taking each vector's own mean off it (TransformerLens centres what is written to the stream)"
     yield what, "give it x - x.mean(-1, keepdim=True)", out, centred, l0
     if isinstance(dictionary, Coder):
-        yield from _of_coder(dictionary, flat, wanted, through)
-    norms = flat.norm(dim=-1)
+        yield from _of_coder(dictionary, x, y, through)
+    norms = x.norm(dim=-1)
     usual = norms < 10 * norms.median()
     if not usual.all():
-        out, l0 = through(flat[usual])[0], through(flat[usual])[1]
+        out, l0, _ = _run(dictionary, x[usual], y[usual])
         what = f"leaving out {int((~usual).sum())} vectors of more than 10 times the median norm (BOS and the like)"
-        yield what, "leave them out: it was not trained on them", out, wanted[usual], l0
-    elif positions:
-        later, target = x[:, 1:].flatten(0, 1)[:ROWS].float(), y[:, 1:].flatten(0, 1)[:ROWS].float()
-        output, l0, _ = _run(dictionary, later, target)
-        yield "leaving out the first position (BOS)", "leave it out: it was not trained on it", output, target, l0
+        yield what, "leave them out: it was not trained on them", out, y[usual], l0
+    elif later is not None:
+        out, l0, _ = _run(dictionary, *later)
+        yield "leaving out the first position (BOS)", "leave it out: it was not trained on it", out, later[1], l0
+    if auto and not isinstance(dictionary, Normed):
+        yield from _by_itself(x, y, through)
 
 
 def _factors(dictionary: Dictionary, x: Tensor) -> Iterator[tuple[float, str]]:
@@ -197,7 +204,7 @@ def _by_itself(x: Tensor, y: Tensor, through: Any) -> Iterator[tuple[str, str, T
         out, l0 = through((x - shift) / factor.clamp_min(1e-30))
         yield (
             f"normalising each vector by itself ({how})",
-            f"mechscope.dictionaries.files.Normed(dictionary, {how!r})", out * factor + shift, y, l0,
+            f"mechscope.dictionaries.Normed(dictionary, {how!r})", out * factor + shift, y, l0,
         )  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def read(path: Path, described: Description) -> Dictionary:
     if not (path / WEIGHTS).is_file():
         raise UnsafeFileError(
             f"'{path / PICKLE}' is a pickle, and opening one can run code. If you trust it: "
-            f"mechscope.dictionaries.files.convert({str(path)!r}) writes {WEIGHTS} beside it, and this reads that"
+            f"mechscope.dictionaries.convert({str(path)!r}) writes {WEIGHTS} beside it, and this reads that"
         )
     held = Tensors(path / WEIGHTS).all()
     parts = _parts(held)

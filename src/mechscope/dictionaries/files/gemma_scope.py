@@ -107,5 +107,5 @@ def write(dictionary: Dictionary, path: Path) -> Path:
     parts = uncentred(parts, coder)
     arrays = {name: parts[name].numpy() for name in ("b_enc", "threshold", "W_dec", "b_dec")}
     path.mkdir(parents=True, exist_ok=True)
-    np.savez(path / WEIGHTS, W_enc=parts["W_enc"].T.contiguous().numpy(), **arrays)
+    np.savez(path / WEIGHTS, W_enc=parts["W_enc"].T.contiguous().numpy(), **arrays)  # type: ignore[arg-type]
     return path

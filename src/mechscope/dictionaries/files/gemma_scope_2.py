@@ -131,7 +131,8 @@ def _many(path: Path, settings: Settings) -> Description:
         writes = [f"blocks.{number}.mlp_out" for number in numbers]
     return Description(
         NAME, path, "CrossLayerTranscoder", d_in, layers * n, d_out, reads, writes,
-        skip="affine_skip_connection" in heads, options={"n_layers": layers, "per_layer": n, "architecture": "JumpReLU"},
+        skip="affine_skip_connection" in heads,
+        options={"n_layers": layers, "per_layer": n, "architecture": "JumpReLU"},
         dtype=str(heads.dtype("w_dec")).removeprefix("torch."),
         model=_model(settings, path), assumptions=settings.notes,
     )  # fmt: skip

@@ -17,7 +17,7 @@ MLP_OUT = {"mlp.hook_out": "mlp_out"}
 
 GAIN_APART = (
     "the file reads the output of the norm before its gain is applied (ln2.hook_normalized), while '{site}' has the "
-    "gain in it: fold the gain in with mechscope.dictionaries.files.fold_gain(dictionary, gain)"
+    "gain in it: fold the gain in with mechscope.dictionaries.fold_gain(dictionary, gain)"
 )
 
 FLATTENED = "heads are flattened before encoding: z [batch, pos, head, d_head] as [..., head * d_head]"

@@ -129,7 +129,7 @@ def recognise(path: str | Path) -> str | None:
     if path.suffix in (".pt", ".pth", ".pkl", ".bin"):
         raise UnsafeFileError(
             f"'{path}' is a pickle, and opening one can run code. If you trust it: "
-            f"mechscope.dictionaries.files.convert({str(path)!r}) writes the same tensors as safetensors; "
+            f"mechscope.dictionaries.convert({str(path)!r}) writes the same tensors as safetensors; "
             "an SAELens file from before 3.0 holds Python objects besides: save it again with that version"
         )
     named = next((name for name, layout in LAYOUTS.items() if layout.recognise(path)), None)

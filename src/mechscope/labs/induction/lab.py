@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 NAME = "induction"
 CONTROL = f"{NAME}-1l"
 SMEARED = f"{CONTROL}-smeared"
-"""One layer whose keys may be mixed with the ones before them: what the second layer is needed for, given for nothing."""
+"""One layer whose keys may be mixed with the ones before them: what takes the others a second layer."""
 
 
 def made(name: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Chains:
 def chains(
     task: str, n: int, longest: int, modulus: int, generator: torch.Generator, held_out: bool = False, shortest: int = 1
 ) -> Chains:
-    """This draws `n` chains of a task with `shortest` to `longest` inputs, of those that are trained on, or of the rest.
+    """This draws `n` chains of a task with `shortest` to `longest` inputs, trained on or held out.
 
     A fifth of all input sequences of four or more is held out. Inputs are bits, or of a polynomial any number below
     `modulus`; END is the id `modulus`.

@@ -163,7 +163,7 @@ LABS: tuple[Lab, ...] = (
         NAME,
         "trained",
         "2 layers of 2 heads, width 64, 128 neurons each; up to 10 inputs",
-        "writes an iteration's states one by one; a head that fetches the t-th input at step t; parity is learned faster",
+        "writes an iteration's states one by one; a head fetches the t-th input at step t; parity then comes sooner",
         check,
         run,
     ),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from mechscope.labs import training
@@ -94,7 +94,7 @@ def held_out(recipe: Recipe, n: int = 256, seed: int = 0) -> Chains:
 
 
 @torch.no_grad()
-def right(model: ToyTransformer, made: Chains) -> float:
+def right(model: nn.Module, made: Chains) -> float:
     """This is the share of chains whose every state is predicted, and so written when the model goes on by itself."""
     guessed = model(made.ids, use_cache=False).logits.argmax(-1)
     return float(((guessed == made.targets) | (made.targets == IGNORED)).all(1).double().mean())

@@ -1,4 +1,4 @@
-"""Models with heads of one job each, beside heads that look alike and do not do it: iteration, relations, labels, repair.
+"""Models with heads of one job each, beside heads that look alike: iteration, relations, labels, numbers, repair.
 
 Each is a function that gives the model and the exact labels of its heads as constants beside it; what a head that looks
 alike lacks is said where it is planted.
@@ -203,8 +203,8 @@ PREDICTS, SUPPRESSES, BACKS_UP = (0, 0), (1, 0), (1, 1)
 def mending() -> tuple[Model, Task]:
     """This is a prediction that two heads repair when it is ablated to zero, one of them by copy suppression.
 
-    Prompts [t, u, =]; a0.h0 predicts t with weight 3. a1.h0 attends to what is predicted and takes 1 back; a1.h1 attends
-    to t where nothing is predicted and writes 0.5 of it. Both rest on "=" otherwise.
+    Prompts [t, u, =]; a0.h0 predicts t with weight 3. a1.h0 attends to what is predicted and takes 1 back; a1.h1
+    attends to t where nothing is predicted and writes 0.5 of it. Both rest on "=" otherwise.
     """
     tokens, equals = 6, 6
     plant = Planter({"token": tokens, "out": tokens, "rest": 1}, vocab=8, positions=3, layers=2, heads=3)
