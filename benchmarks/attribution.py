@@ -147,7 +147,10 @@ def eap_ig_code(options: Options) -> dict | None:
 
 
 def environment(name: str, packages: list[str]) -> Path:
-    """This is the Python of a virtual environment that has these packages; made once, and again when they change."""
+    """This is the Python of a virtual environment that has these packages; made once, and again when they change.
+
+    A package written "name --no-deps" is installed after the others and without what it asks for.
+    """
     folder = measure.CACHE / name
     stamp = folder / "packages.json"
     python = folder / "bin/python"
@@ -155,10 +158,15 @@ def environment(name: str, packages: list[str]) -> Path:
         return python
     print(f"installing {name} into {folder} (some minutes)", file=sys.stderr)
     venv.create(folder, with_pip=True)
-    command = [str(python), "-m", "pip", "install", "--quiet", *packages]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PIP_NO_INPUT": "1"})
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-500:])
+    command = [str(python), "-m", "pip", "install", "--quiet"]
+    alone = [package.split() for package in packages if package.endswith("--no-deps")]
+    together = [package for package in packages if not package.endswith("--no-deps")]
+    for asked in (together, *alone):
+        done = subprocess.run(
+            [*command, *asked], capture_output=True, text=True, env={**os.environ, "PIP_NO_INPUT": "1"}
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip()[-500:])
     stamp.write_text(json.dumps(packages))
     return python
 

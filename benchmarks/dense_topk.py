@@ -22,6 +22,13 @@ class Dense:
         self.weights = [torch.nn.Parameter(w.clone()) for w in weights]
         self.adam = torch.optim.Adam(self.weights, lr=3e-4, fused=True)
 
+    def like(self, weights):
+        """This begins from given weights (W_enc, b_enc, W_dec, b_dec) instead."""
+        with torch.no_grad():
+            for mine, theirs in zip(self.weights, weights):
+                mine.copy_(theirs)
+        return self
+
     def step(self, x):
         W_enc, b_enc, W_dec, b_dec = self.weights
         x = x * self.scale

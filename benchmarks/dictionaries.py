@@ -26,7 +26,10 @@ SMALL = {"d": 256, "latents": 4096, "k": 32, "batch": 1024}
 PEERS = {
     "sae-lens": ["torch==2.13.0", "sae-lens==6.54.12"],
     "eai-sparsify": ["torch==2.13.0", "eai-sparsify==1.3.3"],
-    "dictionary-learning": ["torch==2.13.0", "dictionary-learning==0.1.0"],
+    "dictionary-learning": [
+        *("torch==2.13.0", "numpy", "einops", "tqdm", "datasets", "transformers"),
+        "dictionary-learning==0.1.0 --no-deps",
+    ],
 }
 
 
@@ -56,7 +59,7 @@ def steps(d: int = D, latents: int = LATENTS, k: int = K, batch: int = BATCH) ->
     ours = TopK(d, latents, k=k)
     ours.begin(x, None)
     optimiser = adam(ours, 3e-4)
-    dense = Dense(d, latents, k, float(ours.scale_in))
+    dense = alike(ours)
     product = torch.empty(batch, latents)
 
     def bound() -> None:
@@ -68,6 +71,12 @@ def steps(d: int = D, latents: int = LATENTS, k: int = K, batch: int = BATCH) ->
         "dense reference": lambda: dense.step(x),
         "TopK": lambda: one_step(ours, optimiser, x, 0.5),
     }
+
+
+def alike(ours) -> Dense:
+    """This is the dense reference with our weights."""
+    made = Dense(ours.d_in, ours.n_latents, ours.k, float(ours.scale_in))
+    return made.like([ours.W_enc, ours.b_enc, ours.W_dec, ours.b_dec])
 
 
 def step_rows(rounds: int) -> Iterator[Row]:
@@ -89,7 +98,7 @@ def loss_gap(many: int = 60) -> float:
     ours = TopK(d, latents, k=k)
     x = data(d, batch * 4)
     ours.begin(x, None)
-    dense, optimiser = Dense(d, latents, k, float(ours.scale_in)), adam(ours, 3e-4)
+    dense, optimiser = alike(ours), adam(ours, 3e-4)
     mine = theirs = 0.0
     for number in range(many):
         rows = x[number % 4 * batch :][:batch]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,12 @@ def run(tmp_path, monkeypatch, capsys):
     return go
 
 
+@pytest.fixture
+def no_kinds(monkeypatch):
+    """What kind each head is takes longest, and where something else is asked it can be left out."""
+    monkeypatch.setattr(sys.modules["mechscope.jobs.atlas"], "kinds_of", lambda *_: None)
+
+
 def test_a_page_a_harvest_and_the_heads_are_written(run, tmp_path):
     done = run("grammar", "--text", "text.txt", "--out", "atlas", "--neurons", "8", "--prompts", "1", "--context", "32")
     assert done.code == 0 and done.out.endswith("atlas/index.html\n"), done.err
@@ -41,26 +48,14 @@ def test_a_page_a_harvest_and_the_heads_are_written(run, tmp_path):
 
 
 def test_json_names_the_page_and_importance_says_its_cost_first(run):
-    options = (
-        "--neurons",
-        "0.3,2.7",
-        "--importance",
-        "zero",
-        "--n",
-        "3",
-        "--context",
-        "16",
-        "--prompts",
-        "1",
-        "--json",
-    )
-    done = run("grammar", "--text", "text.txt", *options)
+    options = ("--neurons", "0.3,2.7", "--importance", "zero", "--n", "3", "--context", "16", "--prompts", "1")
+    done = run("grammar", "--text", "text.txt", *options, "--json")
     made = json.loads(done.out)
     assert done.code == 0 and made["kind"] == "atlas" and made["page"].endswith("index.html")
     assert "forwards over 16 rows of 16 tokens" in done.err and len(made["importance"]["score"]) == len(made["layers"])
 
 
-def test_ctrl_c_keeps_the_harvest_and_the_same_command_goes_on(run, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_the_harvest_and_the_same_command_goes_on(run, tmp_path, monkeypatch, no_kinds):
     command = ("grammar", "--text", "text.txt", "--out", "atlas", "--neurons", "4", "--prompts", "1", "--context", "16")
     see = Pass.see
 
@@ -82,7 +77,7 @@ def test_ctrl_c_keeps_the_harvest_and_the_same_command_goes_on(run, tmp_path, mo
     assert asked[0].equals(asked[1])
 
 
-def test_another_text_is_not_answered_with_the_old_harvest(run, tmp_path):
+def test_another_text_is_not_answered_with_the_old_harvest(run, no_kinds):
     options = ("--out", "atlas", "--neurons", "4", "--prompts", "1", "--context", "16")
     assert run("grammar", "--text", "text.txt", "--n", "3", *options).code == 0
     assert run("grammar", "--text", "text.txt", "--n", "3", *options).code == 0
@@ -100,7 +95,7 @@ def test_another_text_is_not_answered_with_the_old_harvest(run, tmp_path):
         (("--text", "text.txt", "--neurons", "1000000"), ["1,000,000 cards are too many"]),
     ],
 )
-def test_mistakes_are_one_message_that_says_what_to_type(args, wanted, run):
+def test_mistakes_are_one_message_that_says_what_to_type(args, wanted, run, no_kinds):
     done = run("grammar", *args, "--context", "32")
     assert done.code == 2 and done.out == "" and "Traceback" not in done.err
     for part in wanted:

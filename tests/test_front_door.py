@@ -17,6 +17,7 @@ NAMES = [
     "add",
     "causal",
     "circuits",
+    "dictionaries",
     "edits",
     "errors",
     "freeze",

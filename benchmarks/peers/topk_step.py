@@ -10,6 +10,7 @@ import gc
 import json
 import sys
 import time
+import types
 from importlib import metadata
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def sae_lens():
     from sae_lens.training.sae_trainer import SAETrainer
 
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=LATENTS, k=K, device="cpu"))
-    config = SAETrainerConfig(total_training_samples=BATCH * 1000, train_batch_size_samples=BATCH)
+    config = SAETrainerConfig(total_training_samples=BATCH * 1000, train_batch_size_samples=BATCH, lr_end=3e-4)
     trainer = SAETrainer(config, sae, iter([]))
     return trainer.step
 
@@ -51,10 +52,15 @@ def eai_sparsify():
 
 
 def dictionary_learning():
+    # It asks for an nnsight that cannot be installed beside this torch, and for wandb; its trainers use neither.
+    for name in ("nnsight", "wandb"):
+        stand_in = types.ModuleType(name)
+        stand_in.LanguageModel = stand_in.save = None
+        sys.modules.setdefault(name, stand_in)
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     trainer = TopKTrainer(
-        steps=1000, activation_dim=D, dict_size=LATENTS, k=K, layer=0, lm_name="none", device="cpu", seed=0
+        steps=100_000, activation_dim=D, dict_size=LATENTS, k=K, layer=0, lm_name="none", device="cpu", seed=0
     )
     number = iter(range(10**6))
     return lambda x: trainer.update(next(number), x)

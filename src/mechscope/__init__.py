@@ -19,7 +19,21 @@ from typing import TYPE_CHECKING, Any
 from mechscope._version import __version__
 
 if TYPE_CHECKING:
-    from mechscope import causal, circuits, dictionaries, edits, errors, labs, lenses, models, store, tasks, units, viz, weights
+    from mechscope import (
+        causal,
+        circuits,
+        dictionaries,
+        edits,
+        errors,
+        labs,
+        lenses,
+        models,
+        store,
+        tasks,
+        units,
+        viz,
+        weights,
+    )
     from mechscope.causal import patch_sweep
     from mechscope.edits import add, freeze, mean, patch, project, resample, scale, set, unchanged, zero
     from mechscope.models import Model, Run, load
@@ -65,7 +79,21 @@ __all__ = [
 ]
 
 _ROOMS = frozenset(
-    {"causal", "circuits", "dictionaries", "edits", "errors", "labs", "lenses", "models", "store", "tasks", "units", "viz", "weights"}
+    {
+        "causal",
+        "circuits",
+        "dictionaries",
+        "edits",
+        "errors",
+        "labs",
+        "lenses",
+        "models",
+        "store",
+        "tasks",
+        "units",
+        "viz",
+        "weights",
+    }
 )
 _OWNER = {
     **dict.fromkeys(["load", "Model", "Run"], "models"),

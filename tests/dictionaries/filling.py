@@ -44,7 +44,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             os.close(reads)
-            store_activations(model, ids, SITES, folder, progress=lambda *_: os.write(writes, b"."), **OPTIONS)
+            store_activations(model, ids, SITES, folder, progress=lambda *_, to=writes: os.write(to, b"."), **OPTIONS)
             os._exit(0)
         os.close(writes)
         for _ in range(draw.randrange(4)):  # so many shards later, and then at any moment of the next

@@ -334,10 +334,11 @@ def gemma_scope_2_layered(root: Path) -> Iterator[Golden]:
         about = {"architecture": "jump_relu", "model_name": "google/gemma-3-1b-pt", "l0": 20}
         write_json(root / name, "config.json", about)
         if affine:
-            sites = [f"blocks.{i}.ln2" for i in range(LAYERS)], [f"blocks.{i}.mlp_out" for i in range(LAYERS)]
+            reads, writes = [f"blocks.{i}.ln2" for i in range(LAYERS)], [f"blocks.{i}.mlp_out" for i in range(LAYERS)]
         else:
-            sites = ([f"blocks.{i}.resid_post" for i in (7, 13, 22)],) * 2
-        yield Golden(name, root / name, "gemma-scope-2", "CrossLayerTranscoder", *sites, x, f.reshape(ROWS, -1), out)
+            reads = writes = [f"blocks.{i}.resid_post" for i in (7, 13, 22)]
+        whole = f.reshape(ROWS, -1)
+        yield Golden(name, root / name, "gemma-scope-2", "CrossLayerTranscoder", reads, writes, x, whole, out)
 
 
 # dictionary_learning

@@ -196,6 +196,10 @@ def test_a_flipped_byte_anywhere_is_named_and_that_shard_alone_is_made_again(mod
         assert list(Activations(copy).damaged()) == [1]
         assert Activations(copy).rebuild(*model_and_ids) == [1]
         assert contents(copy) == contents(filled)
+    content = (filled / shards[1].name).read_bytes()
+    shards[1].write_bytes(content.replace(rb"\"batch\": 2", rb"\"batch\": 3", 1))  # still JSON, and of the same length
+    assert shards[1].read_bytes() != content and list(Activations(copy).damaged()) == [1]
+    assert Activations(copy).rebuild(*model_and_ids) == [1]
     after = {path.name: path.stat().st_mtime_ns for path in shards}
     assert [name for name in before if before[name] != after[name]] == [shards[1].name]
 

@@ -11,7 +11,7 @@ import mechscope as ms
 from architectures import ARCHITECTURES
 from mechscope import dictionaries
 from mechscope.dictionaries.files.checking import Check
-from mechscope.dictionaries.transcoder import transcoder
+from mechscope.dictionaries.transcoders import transcoder
 
 D = 16
 
@@ -81,10 +81,10 @@ def test_transformer_lens_centring_is_named():
 
 
 def test_a_norm_for_each_vector_is_named():
-    """2 relu(x - 1) gives 2 back for 2 and nothing else: it needs vectors of 4 coordinates of size 2, of norm sqrt(d)."""
+    """relu(4 x - 6) gives 2 back for 2 alone: it needs vectors of 4 coordinates of size 2, which have norm sqrt(d)."""
     sae, x = exact("ReLU"), vectors().sign() * 2
-    sae.W_enc.data.mul_(2)
-    sae.b_enc.data.fill_(-2)
+    sae.W_enc.data.mul_(4)
+    sae.b_enc.data.fill_(-6)
     x = x * torch.logspace(-0.7, 0.7, len(x))[torch.randperm(len(x)), None]
     found = quietly(sae, x)
     assert found.fix is not None and "constant_norm_rescale" in found.fix.what and found.fix.fvu < 0.01
@@ -136,6 +136,19 @@ def test_many_sites_at_once_are_measured():
     crosscoder = dictionaries.Crosscoder(2, D, 64, k=8)
     found = quietly(crosscoder, torch.randn(100, 2, D))
     assert found.rows == 100 and not found.tried
+
+
+def test_heads_apart_are_put_side_by_side():
+    x = vectors(40)
+    z = x.view(5, 8, 4, 4).transpose(1, 2)  # [batch head pos d_head]
+    assert quietly(exact(threshold=0.5), z).fvu == quietly(exact(threshold=0.5), x.view(5, 8, D)).fvu < 0.01
+
+
+def test_the_first_position_is_tried_without():
+    x = vectors(96).view(8, 12, D)
+    x[:, 0] = 8
+    found = quietly(exact("TopK", k=4), x)
+    assert found.fix is not None and found.fix.what == "leaving out the first position (BOS)"
 
 
 def test_a_batch_by_site_of_a_real_run(tmp_path):

@@ -73,6 +73,18 @@ def test_split_and_blurred_and_random_dictionaries_score_less():
     assert targeted_probe_perturbation(synthetic.random(DATA), X, ON[:, :6], ablated=[1])["TPP, 1 latents"].high < 0.3
 
 
+def test_latents_that_fire_but_write_nothing_are_not_chosen():
+    """They fire three times as hard as the atoms' own, which alone write along the probes."""
+    made = synthetic.ByHand(
+        DATA.atoms,
+        torch.cat([DATA.atoms, torch.zeros_like(DATA.atoms)]),
+        lambda codes: torch.cat([codes, 3 * codes], 1),
+    )
+    report = targeted_probe_perturbation(made, X, ON[:, :4], ablated=[1])
+    assert report["TPP, 1 latents"].value == pytest.approx(0.5, abs=0.02)
+    assert [int(report.tensors[f"latents.{i}"][0]) for i in range(4)] == [0, 1, 2, 3]
+
+
 def test_one_concept_is_not_enough():
     with pytest.raises(DictionaryError, match="two concepts"):
         targeted_probe_perturbation(synthetic.perfect(DATA), X, ON[:, :1])

@@ -10,6 +10,7 @@ import mechscope as ms
 from architectures import ARCHITECTURES
 from mechscope.dictionaries import ReLU
 from mechscope.dictionaries.evaluating import loss_recovered
+from mechscope.dictionaries.evaluating.in_model import _turned
 from mechscope.errors import DictionaryError
 from mechscope.models import TokenMask
 
@@ -67,6 +68,18 @@ def test_zero_recovers_nothing_over_zero_and_the_mean_nothing_over_the_mean(mode
     assert report["KL of the splice"].value == pytest.approx(report["KL of the mean"].value, rel=1e-3)
 
 
+def test_losses_and_divergences_are_those_of_the_runs(model, ids):
+    report = loss_recovered(model, ids, Made(model.d_model, lambda x: -0.5 * x))
+    clean = model.run(ids).logits.log_softmax(-1)
+    halved = model.run(ids, edits={SITE: ms.scale(0.5)}).logits.log_softmax(-1)
+    assert report["KL of the splice"].value == pytest.approx(
+        float((clean.exp() * (clean - halved)).sum(-1).mean()), rel=1e-4
+    )
+    for name, logs in (("clean", clean), ("spliced", halved)):
+        loss = torch.nn.functional.nll_loss(logs[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        assert report[f"loss, {name}"].value == pytest.approx(float(loss), rel=1e-4)
+
+
 def test_errors_that_are_noise_have_a_ratio_of_one(model, ids):
     random = torch.Generator().manual_seed(1)
 
@@ -98,6 +111,16 @@ def test_shrinkage_is_excused_where_norms_are_kept(model, ids):
     report = loss_recovered(model, ids, Made(model.d_model, lambda x: -0.4 * x))
     assert report["KL ratio, norms kept"].value != report["KL ratio"].value
     assert report["KL of the splice"].value > 1e-4
+
+
+def test_noise_with_norms_kept_is_as_far_turned_as_the_reconstruction():
+    y, restored, noise = torch.randn(3, 5, 16)[..., None, :].unbind(0)
+    restored = restored * y.norm(dim=-1, keepdim=True) / restored.norm(dim=-1, keepdim=True)
+    turned = _turned(y, restored, noise)
+    cosine = torch.nn.functional.cosine_similarity
+    assert torch.allclose(turned.norm(dim=-1), y.norm(dim=-1), rtol=1e-5)
+    assert torch.allclose(cosine(turned, y, dim=-1), cosine(restored, y, dim=-1), atol=1e-5)
+    assert not torch.allclose(turned, restored, atol=0.1)
 
 
 def test_a_transcoder_is_spliced_where_it_writes(model, ids):

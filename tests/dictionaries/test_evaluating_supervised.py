@@ -9,6 +9,7 @@ import torch
 
 from dictionaries import synthetic
 from mechscope.dictionaries.evaluating import asked, manifold_features, sparse_control, supervised
+from mechscope.dictionaries.evaluating.supervision import _edits
 from mechscope.errors import DictionaryError
 from mechscope.labs.sparse.manifold import Manifold
 
@@ -54,6 +55,16 @@ def test_supervised_and_perfect_dictionaries_control_and_random_ones_do_not():
     bad = sparse_control(synthetic.random(DATA), X, VALUES, latents=[2])
     assert bad["control, 2 latents"].value < 0.6
     assert bad["sufficient, dictionary", "colour"].value < 0.8 < good["sufficient, dictionary", "colour"].value
+
+
+def test_latents_are_changed_that_bring_the_row_nearest():
+    """Beside each atom's latent is one that fires five times as hard, and would overshoot."""
+    made = synthetic.ByHand(DATA.atoms, DATA.atoms.repeat(2, 1), lambda codes: torch.cat([codes, 5 * codes], 1))
+    base, source = torch.arange(20), torch.arange(20, 40)
+    edits = _edits(made, X, base, source, [1, 2, 4], torch.Generator().manual_seed(0))
+    away = [(edits[f"{k} latents"] - X[source]).norm(dim=1) for k in (1, 2, 4)]
+    start = (X[base] - X[source]).norm(dim=1)
+    assert (away[0] <= start).all() and (away[1] <= away[0]).all() and away[2].max() < 1e-4
 
 
 def test_what_is_left_over_of_a_good_reconstruction_says_nothing():

@@ -95,6 +95,14 @@ def test_sums_are_flagged_where_atoms_are_not_orthogonal():
     assert (found == pairs).all(1).float().mean() > 0.95
 
 
+def test_a_trace_of_a_second_atom_makes_no_sum():
+    one, other, rest = DATA.atoms[0], DATA.atoms[1], DATA.atoms[2:].sum(0) / 30**0.5
+    traced = 0.88 * one + 0.2 * other + (1 - 0.88**2 - 0.2**2) ** 0.5 * rest
+    fair = 0.75 * one + 0.55 * other + (1 - 0.75**2 - 0.55**2) ** 0.5 * rest
+    made = synthetic.ByHand(DATA.atoms[:2], torch.stack([traced, fair]))
+    assert composed_features(made, DATA.atoms).tensors["flagged"].tolist() == [False, True]
+
+
 def test_random_directions_and_a_latent_that_never_writes_are_not_flagged():
     assert composed_features(synthetic.random(DATA, 200), DATA.atoms)["composed"].value == 0
     assert composed_features(synthetic.padded(DATA, 0, 4), DATA.atoms)["composed"].value == 0

@@ -110,7 +110,7 @@ def test_what_cannot_be_trained_is_said(data):
         dictionaries.train(sae, [], steps=5)
     with pytest.raises(DictionaryError, match="no 'kk' to schedule; did you mean 'k'"):
         dictionaries.train(sae, [x] * 3, steps=3, schedules={"kk": lambda done: 2})
-    with pytest.raises(DictionaryError, match="width 16.*12"):
+    with pytest.raises(DictionaryError, match=r"width 16.*12"):
         dictionaries.train(sae, [x[:, :12]] * 3, steps=3)
     with pytest.raises(DictionaryError, match=r"step 1 is nan; give a lower lr="):
         dictionaries.train(dictionaries.TopK(16, 32, k=2), [x * float("nan")] * 3, steps=3)

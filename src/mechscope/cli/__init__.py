@@ -15,9 +15,9 @@ import warnings
 
 from mechscope.cli.program import app
 
-from mechscope.cli import circuits, questions, readings, atlas, models, results, known  # isort: skip  # help lists them in this order
+from mechscope.cli import circuits, questions, readings, atlas, dictionaries, models, results, known  # isort: skip  # help lists them in this order
 
-__all__ = ["app", "atlas", "circuits", "known", "main", "models", "questions", "readings", "results"]
+__all__ = ["app", "atlas", "circuits", "dictionaries", "known", "main", "models", "questions", "readings", "results"]
 
 
 def quiet() -> None:

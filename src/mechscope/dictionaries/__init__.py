@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from mechscope.dictionaries.activations import Activations, store_activations
     from mechscope.dictionaries.attention_output import below, by_head, by_source, weights_by_head
     from mechscope.dictionaries.batch_topk import BatchTopK
+    from mechscope.dictionaries.codebook import Codebook
     from mechscope.dictionaries.cross_layer import CrossLayerTranscoder
     from mechscope.dictionaries.crosscoder import Crosscoder
     from mechscope.dictionaries.dictionary import Coder, Dictionary, Reconstruction
+    from mechscope.dictionaries.end_to_end import EndToEnd
     from mechscope.dictionaries.evaluating import (
         DictionaryReport,
         asked,
@@ -38,8 +40,8 @@ if TYPE_CHECKING:
         targeted_probe_perturbation,
     )
     from mechscope.dictionaries.files import Normed, check, convert, fold_gain, inspect, read, write
-    from mechscope.dictionaries.end_to_end import EndToEnd
     from mechscope.dictionaries.gated import Gated
+    from mechscope.dictionaries.jacobian import JacobianPair
     from mechscope.dictionaries.jump_relu import JumpReLU
     from mechscope.dictionaries.latent_scaling import Scaling, latent_scaling
     from mechscope.dictionaries.matryoshka import Matryoshka
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     from mechscope.dictionaries.steering_vectors import Decomposition, decompose, feature_change, steering_vector
     from mechscope.dictionaries.topk import TopK
     from mechscope.dictionaries.training import train
-    from mechscope.dictionaries.transcoder import transcoder
+    from mechscope.dictionaries.transcoders import transcoder
 
 ARCHITECTURES: tuple[str, ...] = (
     "ReLU",
@@ -61,6 +63,8 @@ ARCHITECTURES: tuple[str, ...] = (
     "Matryoshka",
     "Crosscoder",
     "CrossLayerTranscoder",
+    "Codebook",
+    "JacobianPair",
     "Normed",
 )
 """The classes that a file may name; `getattr(mechscope.dictionaries, name)(**options)` makes one."""
@@ -83,6 +87,9 @@ __all__ = [
     "transcoder",
     "Crosscoder",
     "CrossLayerTranscoder",
+    "JacobianPair",
+    "Codebook",
+    "EndToEnd",
     "latent_scaling",
     "Scaling",
     "Normed",
@@ -136,12 +143,14 @@ _OWNER: dict[str, str] = {
     "JumpReLU": "jump_relu",
     "PAnnealing": "p_annealing",
     "Matryoshka": "matryoshka",
-    "transcoder": "transcoder",
+    "transcoder": "transcoders",
     "Crosscoder": "crosscoder",
     "CrossLayerTranscoder": "cross_layer",
     **dict.fromkeys(["latent_scaling", "Scaling"], "latent_scaling"),
     **dict.fromkeys(["Normed", "check", "convert", "fold_gain", "inspect", "read", "write"], "files"),
     "EndToEnd": "end_to_end",
+    "Codebook": "codebook",
+    "JacobianPair": "jacobian",
     **dict.fromkeys(["below", "by_head", "by_source", "weights_by_head"], "attention_output"),
     **dict.fromkeys(["Decomposition", "decompose", "feature_change", "steering_vector"], "steering_vectors"),
     "train": "training",

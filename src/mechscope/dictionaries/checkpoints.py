@@ -36,7 +36,8 @@ class Started:
 class Checkpoints:
     """This is the folder of one run: what is saved to it, and what a killed run finds in it.
 
-    names: of several dictionaries, a folder each; None for one dictionary. recipes: for each, what makes a run the same.
+    names: of several dictionaries, a folder each; None for one dictionary. recipes: for each, what makes a run the
+    same.
     """
 
     def __init__(self, folder: Path, names: Sequence[str] | None, recipes: Sequence[dict[str, Any]]):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mechscope.dictionaries.dictionary import Coder, Dictionary, Features, Reconstruction
 from mechscope.dictionaries.sparse import Sparse
-from mechscope.dictionaries.transcoder import transcoder
+from mechscope.dictionaries.transcoders import transcoder
 from mechscope.errors import DictionaryError
 
 

@@ -169,7 +169,12 @@ class Dictionary(nn.Module):
 
         more: further facts for the header, which `ms.store.header(path)` reads without the weights.
         """
-        return store.save(path, "dictionary", self.tensors(), {**self.header(), **more})
+        tensors, header = self.to_parts()
+        return store.save(path, "dictionary", tensors, {**header, **more})
+
+    def to_parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """This is the dictionary as tensors and a JSON header; `from_parts` is the inverse."""
+        return self.tensors(), self.header()
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in self.state_dict().items()}
@@ -216,6 +221,8 @@ class Coder(Dictionary):
 
     scale_in: Tensor
     scale_out: Tensor
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
 
     sparse = True
     """Whether training holds the active latents alone; else features are tensors [n, n_latents]."""

@@ -59,8 +59,11 @@ class Decomposition:
 
     def save(self, path: str | Path) -> Path:
         """This writes the decomposition; `ms.open(path)` is the inverse."""
+        return store.save(path, self.kind, *self.to_parts())
+
+    def to_parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {name: getattr(self, name) for name in ("latents", "coefficients", "vector", "rebuilt")}
-        return store.save(path, self.kind, tensors, {"explained": self.explained, "chance": self.chance})
+        return tensors, {"explained": self.explained, "chance": self.chance}
 
     @classmethod
     def from_parts(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Decomposition:

@@ -46,7 +46,7 @@ class TopK(Coder):
             inner, wanted = self.inner(x), target.float() * self.scale_out - self.b_dec
             self.W_dec.zero_()
             for read, written in zip(inner.split(512), wanted.split(512)):
-                self.W_dec += self.pre(read).relu().T @ written
+                self.W_dec.add_(self.pre(read).relu().T @ written)
             self.W_dec.copy_(torch.nn.functional.normalize(self.W_dec, dim=1))
 
     def options(self) -> dict[str, Any]:

@@ -1,21 +1,27 @@
-"""Dictionaries of a model: autoencoders and transcoders for any of its sites, trained together, measured on held text."""
+"""Dictionaries of a model: autoencoders and transcoders for any of its sites, trained together, measured on other text.
+
+DIR/blocks.3.resid_post/dictionary.safetensors      one for each site that is written; `ms.open` reads it
+DIR/report.safetensors, DIR/index.html              what was measured on text kept from training, and its page
+"""
 
 from __future__ import annotations
 
-import json
+import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mechscope import dictionaries as room
-from mechscope import store
 from mechscope.dictionaries import Dictionary
+from mechscope.dictionaries.evaluating import DictionaryReport
 from mechscope.errors import DictionaryError, did_you_mean
 from mechscope.jobs.atlas import texts_of
 from mechscope.jobs.circuit import Progress, writable
 from mechscope.models import Model, load
+from mechscope.viz import to_view, write_page
 
 SITES = ("blocks.*.resid_post", "blocks.*.ln2->blocks.*.mlp_out")
 """What is trained unless told otherwise: autoencoders of the stream after each block, transcoders of each MLP."""
@@ -24,13 +30,25 @@ HELD = 10
 """One text in so many is kept from training, to measure on."""
 
 
+COLUMNS = {
+    "L0": "L0",
+    "FVU": "fvu",
+    "dead": "dead",
+    "dense": "dense",
+    "loss recovered": "loss recovered, mean",
+    "KL ratio": "KL ratio, norms kept",
+}
+"""What the page's table says of each dictionary, and the measures that it is taken from."""
+
+
 @dataclass(frozen=True)
 class Trained:
-    """This is what the job leaves: the dictionaries, their folder, and the table of what was measured on held text."""
+    """This is what the job leaves: the dictionaries by what they write, what was measured of them, and the page."""
 
     folder: Path
     dictionaries: list[Dictionary]
-    table: list[dict[str, Any]]
+    report: DictionaryReport
+    page: Path
 
 
 def train_dictionaries(
@@ -70,6 +88,11 @@ def train_dictionaries(
         model = load(model)
     texts = texts_of(Path(text), n)
     kept = [one for i, one in enumerate(texts) if i % HELD != HELD - 1]
+    held = [one for i, one in enumerate(texts) if i % HELD == HELD - 1]
+    if not held:
+        raise DictionaryError(
+            f"{text} has {len(texts)} texts; give at least {HELD}, of which one is kept to measure on"
+        )
     pairs = [pair for asked in sites for pair in pairs_of(model, asked)]
     make = getattr(room, architecture)
     made = []
@@ -82,7 +105,72 @@ def train_dictionaries(
         kept, at=asked, context=context, batch=32, seed=seed, loop=True, vectors=batch, shuffle=8 * batch
     )
     room.train(made, stream, steps=steps, out=folder, every=every, progress=tell)
-    return Trained(folder, made, [])
+    report = measured(model, made, held, context, seed, tell)
+    report.save(folder / "report.safetensors")
+    page = write_page(to_view(report), folder / "index.html")
+    return Trained(folder, made, report, page)
+
+
+def measured(
+    model: Model,
+    dictionaries: Sequence[Dictionary],
+    texts: Sequence[str],
+    context: int = 128,
+    seed: int = 0,
+    progress: Progress | None = None,
+    rows: int = 64,
+) -> DictionaryReport:
+    """This measures dictionaries on texts: reconstruction, sparsity, dead latents, and what the model loses.
+
+    rows: of `context` tokens, on which the model runs with each reconstruction in place. Beside each dictionary stands
+    its control, an untrained one of the same size and scales.
+    """
+    tell = progress or (lambda stage, done, total: None)
+    asked = list(dict.fromkeys(site for d in dictionaries for site in (d.reads, d.writes) if isinstance(site, str)))
+    stream = model.stream(list(texts), at=asked, context=context, batch=32, vectors=4096)
+    twins = [untrained(d) for d in dictionaries]
+    batches = list(islice(stream, 16))
+    for twin in twins:
+        twin.begin(*twin.parts(batches[0]))
+        twin.eval()
+    both = [*dictionaries, *twins]
+    tell("measuring reconstruction", 0, 0)
+    fits = room.evaluate(both, batches)
+    lines: list[room.Measure] = []
+    for number, (d, fit) in enumerate(zip(both, fits)):
+        tell("measuring what the model loses", number, len(both))
+        loss = room.loss_recovered(model, list(texts), d, context=context, limit=rows, seed=seed)
+        for column, name in COLUMNS.items():
+            found = next(m for m in (*fit.measures, *loss.measures) if m.name == name)
+            label = f"{d.reads} -> {d.writes}" if d.writes != d.reads else str(d.reads)
+            control = number >= len(dictionaries)
+            lines.append(replace(found, name=column, of=label + " (untrained)" * control, control=control))
+    recovered = {m.of: m.value for m in lines if m.name == "loss recovered"}
+    gained = {
+        of: recovered[of] - recovered[f"{of} (untrained)"] for of in recovered if f"{of} (untrained)" in recovered
+    }
+    least = min(gained, key=lambda of: gained[of])
+    lowest = min(gained, key=lambda of: recovered[of])
+    return DictionaryReport(
+        question=f"{len(dictionaries)} dictionaries of {model.name}",
+        verdict=f"Each recovers {recovered[lowest]:.1%} or more ({lowest}) of the loss that ablating its site to the "
+        f"mean costs, and {gained[least]:.1%} or more ({least}) beyond its untrained twin.",
+        measures=tuple(lines),
+        choices={
+            "text": f"{len(texts)} texts kept from training, rows of {context} tokens; special tokens are left alone",
+            "loss recovered": f"(ablated - spliced) / (ablated - clean), the site at its mean; {rows} rows",
+            "KL ratio": "KL of the splice over that of random errors as large and as far from the vector; 1 is noise",
+            "interval": "95 %, bootstrap over rows",
+            "control": "the same architecture and size, untrained, with the scales and the middle of the data",
+        },
+        provenance=model.provenance(),
+    )
+
+
+def untrained(dictionary: Dictionary) -> Dictionary:
+    """This is a dictionary of the same architecture, size and sites that has learned nothing."""
+    made = getattr(room, type(dictionary).__name__)
+    return made(**dictionary.options(), reads=dictionary.reads, writes=dictionary.writes)
 
 
 def pairs_of(model: Model, asked: str) -> list[tuple[str, str]]:
@@ -108,10 +196,12 @@ def width_of(model: Model, site: str) -> int:
     return value.shape[-1] * (value.shape[1] if value.dim() == 4 else 1)
 
 
+def takes(architecture: str, option: str) -> bool:
+    """This is whether an architecture has an option, such as "k"; False for one that is not there."""
+    made = getattr(room, architecture, None) if architecture in room.ARCHITECTURES else None
+    return made is not None and option in inspect.signature(made.__init__).parameters
+
+
 def _layer(site: str) -> str:
     found = re.search(r"(.*blocks\.\d+)\.", site)
     return found[1] if found else ""
-
-
-def written(folder: Path, table: list[dict[str, Any]]) -> Path:
-    return store.write_text(folder / "table.json", json.dumps(table, indent=1))

@@ -88,7 +88,8 @@ class Stream:
 
     def facts(self) -> dict[str, Any]:
         """This is what something trained on the stream should say of it: the model, the sites, the tokens, as JSON."""
-        return {"model": self.model.provenance(), "mask": self.mask.to_json(), "context": self.forwards.context}
+        made = {name: fact for name, fact in self.model.provenance().items() if name not in ("source", "device")}
+        return {**made, "mask": self.mask.to_json(), "context": self.forwards.context}
 
     def __iter__(self) -> Iterator[Any]:
         return self

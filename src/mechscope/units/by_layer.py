@@ -6,8 +6,8 @@
                            control: the trigger of another token neuron, drawn at random, in the trigger's place
 
 Voita, Ferrando & Nalmpantis 2023 (arXiv:2309.04827, sections 3 to 5): early layers are full of dead and of token
-neurons, and many of the latter remove the very token from the stream that switched them on. The twin has the same weights in
-another order within each matrix (`untrained_twin`). Intervals are over the neurons of a layer.
+neurons, and many of the latter remove the very token from the stream that switched them on. The twin has the same
+weights in another order within each matrix (`untrained_twin`). Intervals are over the neurons of a layer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a harvest found: a folder of tables, asked by a unit's name or in SQL.
 
 found = Harvest("neurons")
-found.query("neuron 3.217")           its examples, highest first, with their text
+found.query("neuron 3.217")           its examples, highest first, with their text; also "feature 3.1234"
 found.sql("SELECT ... FROM examples") anything else; the views are examples, units and contexts
 """
 
@@ -110,7 +110,8 @@ class Harvest:
     def query(self, unit: str) -> Examples:
         """This is what was kept of one unit: "neuron 3.217", "3.217", or "blocks.3.resid_post[217]" for any site.
 
-        Raises UnitsError for a unit that the harvest does not have.
+        "feature 3.1234" is that of the dictionary at block 3, "blocks.3.resid_post/sae[1234]" where there are several.
+        Raises UnitsError for a unit that the harvest does not have, and where several have that name.
         """
         named = self._named(unit)
         is_it = "WHERE site = ? AND unit = ?"
@@ -156,8 +157,11 @@ class Harvest:
 
     def _named(self, unit: str) -> tuple[str, int]:
         neuron = re.fullmatch(r"(?:neuron\s+)?(\d+)\.(\d+)", unit.strip())
+        feature = re.fullmatch(r"feature\s+(\d+)\.(\d+)", unit.strip())
         other = re.fullmatch(r"(.+)\[(\d+)\]", unit.strip())
-        if neuron:
+        if feature:
+            site, index = self._features(int(feature[1]), int(feature[2])), int(feature[2])
+        elif neuron:
             site, index = f"blocks.{neuron[1]}.mlp_post", int(neuron[2])
         elif other:
             site, index = other[1], int(other[2])
@@ -167,6 +171,17 @@ class Harvest:
             near = did_you_mean(site, self.sites) or "."
             raise UnitsError(f"this harvest has no site {site!r}{near} It has {_few(self.sites)}")
         return site, index
+
+    def _features(self, block: int, latent: int) -> str:
+        """This is the site of the one dictionary that was harvested at a block."""
+        every = [site for site in self.sites if "/" in site and not site.endswith("/error")]
+        here = [site for site in every if re.search(rf"(^|\.)blocks\.{block}\.", site)]
+        if len(here) == 1:
+            return here[0]
+        if here:
+            names = " or ".join(f"'{site}[{latent}]'" for site in here)
+            raise UnitsError(f"block {block} has {len(here)} dictionaries; type {names}")
+        raise UnitsError(f"this harvest has no features of block {block}; it has {_few(self.sites)}")
 
     def __repr__(self) -> str:
         return f"Harvest('{self.folder}': {_few(self.sites)}, {self.facts['tokens']:,} tokens)"

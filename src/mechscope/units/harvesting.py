@@ -1,4 +1,4 @@
-"""A harvest: for every neuron, or any site's units, the tokens that it responds to most, and a sample of the rest.
+"""A harvest: for any site's units or features, the tokens that each responds to most, and a sample of the rest.
 
 One pass over a corpus. Of every unit are kept the k highest activations, exactly; r tokens drawn at random from each of
 several ranges of its activation, whose edges are quantiles on the corpus's first batch; and sums for its mean, spread,
@@ -58,9 +58,10 @@ def harvest(
 
     texts: texts, or ids [rows, context]; an iterator is read once and never held. at: sites with an axis of positions,
     wildcards allowed; heads stand side by side. k: how many of the highest activations. levels: the quantiles that
-    bound the ranges, of which each keeps `per_range` tokens drawn with `seed`. context, batch: tokens a row and rows a
-    run. shard: (i, n) takes every n-th batch, from the i-th. save_every: seconds between savings. progress(what, done,
-    of): `of` is 0, for a corpus does not say how long it is.
+    bound the ranges, of which each keeps `per_range` tokens drawn with `seed`; of a dictionary's features the lowest
+    range is where they are off, and the quantiles are of their activations where they are on. context, batch: tokens a
+    row and rows a run. shard: (i, n) takes every n-th batch, from the i-th. save_every: seconds between savings.
+    progress(what, done, of): `of` is 0, for a corpus does not say how long it is.
 
     Special tokens (BOS, padding ...) are run and not counted. A folder that holds the same question half done is gone
     on with; one that holds it whole is opened. Raises UnitsError for a folder of another question or other texts, for
@@ -68,10 +69,12 @@ def harvest(
 
     >>> found = harvest(model, open("stories.txt"), "neurons")  # doctest: +SKIP
     >>> print(found.query("neuron 3.217"))  # doctest: +SKIP
+    >>> site = model.attach("blocks.3.resid_post", sae)  # doctest: +SKIP
+    >>> print(harvest(model, open("stories.txt"), "features", at=site).query("feature 3.1234"))  # doctest: +SKIP
     """
     folder, sites = Path(out), token_sites(model, at)
     question = {
-        **{"model": model.provenance(), "sites": sites, "k": k, "levels": list(levels), "per_range": per_range},
+        **{"model": _provenance(model, sites), "sites": sites, "k": k, "levels": list(levels), "per_range": per_range},
         **{"context": context, "batch": batch, "seed": seed, "shard": list(shard)},
     }
     if (folder / FACTS).is_file():
@@ -131,7 +134,8 @@ class Pass:
         """This sets the ranges of every unit's activations, from a first batch."""
         asked, seed = self.question, self.question["seed"]
         for site, acts in activations.items():
-            self.samples[site] = Samples.of(acts, asked["levels"], asked["per_range"], seed)
+            samples = Samples.of_features if _is_features(site) else Samples.of
+            self.samples[site] = samples(acts, asked["levels"], asked["per_range"], seed)
             self.highest[site] = Highest(acts.shape[1], asked["k"])
             self.sums[site] = torch.zeros(5, acts.shape[1], dtype=torch.float64)
             self.sums[site][4] = float("-inf")
@@ -298,17 +302,33 @@ def token_sites(model: Model, at: str) -> list[str]:
     return [request.site for request in requests]
 
 
+def _provenance(model: Model, sites: Sequence[str]) -> dict[str, Any]:
+    """This is the model's provenance, with those of its dictionaries that the sites belong to."""
+    made = model.provenance()
+    used = {site.removesuffix("/error") for site in sites}
+    kept = {site: what for site, what in made.pop("dictionaries", {}).items() if site in used}
+    return made | ({"dictionaries": kept} if kept else {})
+
+
+def _is_features(site: str) -> bool:
+    return "/" in site and not site.endswith("/error")
+
+
 def _same(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    different = [name for name in asked if json.loads(json.dumps(asked[name])) != there.get(name)]
-    if different:
-        name = different[0]
-        was, now = there.get(name), asked[name]
-        if name == "model" and isinstance(was, dict):
-            was, now = was.get("weights_hash"), now.get("weights_hash")
+    asked = json.loads(json.dumps(asked))
+    if asked != there:
+        name, was, now = _difference(there, asked)
         raise UnitsError(
             f"'{folder}' holds a harvest of another question ({name} is {was!r}, not {now!r}); delete the folder or "
             "name another"
         )
+
+
+def _difference(there: dict[str, Any], asked: dict[str, Any], name: str = "") -> tuple[str, Any, Any]:
+    """This is the first entry that two questions differ in: its name, and what it is in each."""
+    key = next(key for key in {**there, **asked} if there.get(key) != asked.get(key))
+    was, now, name = there.get(key), asked.get(key), f"{name} {key}".strip()
+    return _difference(was, now, name) if isinstance(was, dict) and isinstance(now, dict) else (name, was, now)
 
 
 __all__ = ["harvest", "join"]

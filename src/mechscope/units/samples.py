@@ -17,6 +17,9 @@ from torch import Tensor
 
 from mechscope.units.highest import places, quantiles, tables
 
+FEWEST = 10
+"""How often a feature must be on in the first batch for quantiles of its own."""
+
 
 class Samples:
     """This is r tokens of each unit in each range of its activations: `values`, `where`, `keys` [units ranges r].
@@ -40,8 +43,25 @@ class Samples:
     @classmethod
     def of(cls, activations: Tensor, levels: Sequence[float], r: int, seed: int = 0) -> Samples:
         """This is empty samples whose ranges lie between the quantiles of activations [tokens units], at `levels`."""
-        ranks = [max(1, min(len(activations), round(level * len(activations)))) - 1 for level in levels]
+        ranks = _ranks(levels, len(activations))
         return cls(quantiles(activations.float(), ranks), r, seed)
+
+    @classmethod
+    def of_features(cls, activations: Tensor, levels: Sequence[float], r: int, seed: int = 0) -> Samples:
+        """This is empty samples of a dictionary's features [tokens latents], which are 0 on nearly every token.
+
+        The lowest range is where a feature is off; the others lie between quantiles of its activations where it is on,
+        or, of a feature that was on for fewer than `FEWEST` tokens, of those of all features together.
+        """
+        on = activations > 0
+        pooled = activations[on].float()
+        edges = torch.full((activations.shape[1], len(levels) + 1), torch.finfo(torch.float32).tiny)
+        if len(pooled):
+            edges[:, 1:] = pooled.sort().values[_ranks(levels, len(pooled))]
+        for latent in (on.sum(0) >= FEWEST).nonzero()[:, 0].tolist():
+            own = activations[:, latent][on[:, latent]].float().sort().values
+            edges[latent, 1:] = own[_ranks(levels, len(own))]
+        return cls(edges, r, seed)
 
     def add(self, activations: Tensor, where: Tensor) -> None:
         """This takes in activations [tokens units] of the tokens numbered `where` [tokens]."""
@@ -89,6 +109,11 @@ class Samples:
         self.keys[units, i] = key.gather(1, order)
         for held, new in ((self.values, value), (self.where, where)):
             held[units, i] = torch.cat([held[units, i], new.to(held.dtype)], 1).gather(1, order)
+
+
+def _ranks(levels: Sequence[float], n: int) -> list[int]:
+    """This is the ranks from below, the lowest being 0, of quantiles of n numbers."""
+    return [max(1, min(n, round(level * n))) - 1 for level in levels]
 
 
 def keys(where: Tensor, seed: int) -> Tensor:

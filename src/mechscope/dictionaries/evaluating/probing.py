@@ -34,7 +34,7 @@ def sparse_probing(
 
     >>> from mechscope.dictionaries import TopK
     >>> x = torch.randn(400, 8)
-    >>> sparse_probing(TopK(8, 32, k=4), x, x[:, 0] > 0, k=[1])["latents, k = 1"].value > 0.6
+    >>> sparse_probing(TopK(8, 32, k=4), x, x[:, 0] > 0, k=[1])["all of x"].value > 0.8
     True
     """
     choosing, judging = halves(len(x), seed)

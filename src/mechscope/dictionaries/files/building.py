@@ -152,8 +152,7 @@ def set_part(made: Coder, name: str, value: Tensor) -> None:
     elif name != "threshold":
         getattr(made, name).copy_(value)
     elif isinstance(made, JumpReLU):
-        # In float64 the exponential of the logarithm is the file's float32 again, to the last bit.
-        made.log_threshold = torch.nn.Parameter(value.clamp_min(0).double().log())
+        made.log_threshold.copy_(value.clamp_min(0).double().log())
     elif isinstance(made, BatchTopK):
         made.threshold.copy_(value[0])
         made.batches.fill_(MEMORY)  # training on goes from this threshold
@@ -168,7 +167,8 @@ def own_parts(coder: Coder) -> dict[str, Tensor]:
         return parts | {"b_gate": coder.b_enc, "r_mag": coder.r_mag, "b_mag": coder.b_mag}
     parts["b_enc"] = coder.b_enc
     if isinstance(coder, JumpReLU):
-        parts["threshold"] = coder.threshold
+        # In float64, so that what is read again has the same logarithm, to the last bit.
+        parts["threshold"] = coder.log_threshold.double().exp()
     elif isinstance(coder, BatchTopK):
         parts["threshold"] = coder.threshold.expand(coder.n_latents)
     elif type(coder).__name__ in thresholded:

@@ -24,6 +24,9 @@ from mechscope.dictionaries.files.normed import Normed
 ROWS = 4096
 """How many vectors a check looks at, at most."""
 
+DOUBTFUL = 0.3
+"""The FVU above which other ways of using the dictionary are tried."""
+
 BETTER = 0.7
 """A suspect is named where it leaves less than this share of the variance that was unexplained."""
 
@@ -75,12 +78,14 @@ def check(dictionary: Dictionary, batch: Any, *, warn: bool = True) -> Check:
     """This measures a dictionary on activations and, where it does badly, says what would put it right.
 
     batch: vectors [..., d_in] of the site that it reads, in the model's own units; (x, target) for a transcoder; or
-    tensors by site. A few hundred vectors do; [batch, pos, d_in] lets it try without the first position.
+    tensors by site, z with its heads apart too. A few hundred vectors do; [batch, pos, d_in] lets it try without the
+    first position.
 
     Implausible is an FVU above 1 (worse than the mean), no latent active, most of them active, or an L0 three times
     off the one that the file states. With `warn` each is a warning too.
     """
-    x, target = dictionary.parts(batch)
+    x, target = (None if part is None else _heads_beside(part, dictionary) for part in dictionary.parts(batch))
+    assert x is not None
     y = x if target is None else target
     joint = isinstance(dictionary, Crosscoder | CrossLayerTranscoder)  # [n, sites, d]: several sites at once
     by_position = not joint and x.ndim == 3 and x.shape[1] > 1
@@ -90,7 +95,7 @@ def check(dictionary: Dictionary, batch: Any, *, warn: bool = True) -> Check:
     fvu = _fvu(output, y)
     problems = _problems(dictionary, fvu, l0)
     tried: list[Trial] = []
-    if (problems or fvu > 0.5) and not joint:
+    if (problems or fvu > DOUBTFUL) and not joint:
         for what, type_next, out, target, active in _suspects(dictionary, x, y, later):
             tried.append(Trial(what, type_next, _fvu(out, target), active))
     least = min((trial.fvu for trial in tried), default=0.0)
@@ -113,6 +118,13 @@ def _run(dictionary: Dictionary, x: Tensor, y: Tensor) -> tuple[Tensor, float, f
     found = dictionary(x, y)
     fired = found.fired()
     return found.output, found.l0, (fired == 0).float().mean().item()
+
+
+def _heads_beside(x: Tensor, dictionary: Dictionary) -> Tensor:
+    """This is z [batch head pos d_head] as [batch pos head * d_head], which a dictionary of all heads reads."""
+    if x.ndim == 4 and x.shape[-1] != dictionary.d_in == x.shape[1] * x.shape[3]:
+        return x.transpose(1, 2).flatten(2)
+    return x
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -136,5 +136,5 @@ def train(
 
 def steps_until(progress: Progress, share: float) -> int:
     """This is the first judged step at which so many held-out chains are right; one more than there are, if none is."""
-    reached = [int(row["step"]) for row in progress.figures if row.get("right", 0.0) >= share]
+    reached = [int(row["step"]) for row in progress.figures if row.get("right", -1.0) >= share]
     return min(reached, default=progress.step + 1)
