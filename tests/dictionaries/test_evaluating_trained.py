@@ -40,7 +40,7 @@ def test_room_for_every_pair_makes_latents_of_pairs():
     tight, roomy = TopK(32, 16, k=2), TopK(32, 64, k=1)
     train([tight, roomy], data.stream(256), steps=300)
     few, many = (composed_features(made, data.atoms, x, codes) for made in (tight, roomy))
-    assert few["composed"].value < 0.2 and few["single atoms"].value > 0.6
+    assert few["composed"].value < 0.3 and few["single atoms"].value > 0.6
     assert many["composed"].value > 0.4 and many["composed, shuffled"].value < 0.1
     assert many["for pairs alone"].value > 10 * many["pairs active"].value
 

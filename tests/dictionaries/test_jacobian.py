@@ -13,9 +13,9 @@ PLANTED = sparse.PlantedMap(sparse.Sparse(d=32, n_atoms=32, active=2, seed=0), n
 MLP = PLANTED.mlp().requires_grad_(False)
 
 
-def trained(weight: float, steps: int = 400) -> dictionaries.JacobianPair:
-    pair = dictionaries.JacobianPair(32, 32, k=2, function=MLP, weight=weight, links=32)
-    return dictionaries.train(pair, (PLANTED.batch(i, 256)[:2] for i in range(steps)), steps=steps, lr=4e-3)
+def trained(weight: float, steps: int = 250) -> dictionaries.JacobianPair:
+    pair = dictionaries.JacobianPair(32, 32, k=2, function=MLP, weight=weight, links=16)
+    return dictionaries.train(pair, (PLANTED.batch(i, 256)[:2] for i in range(steps)), steps=steps, lr=6e-3)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def test_links_are_fewer_than_between_two_dictionaries_that_do_not_know_of_each_
         return torch.relu(x @ first.T) @ second.T
 
     def fitted(weight: float) -> tuple[float, float]:
-        pair = dictionaries.JacobianPair(32, 128, k=6, function=mlp, weight=weight, links=64)
-        batches = ((x, mlp(x)) for x in data.stream(256))
-        dictionaries.train(pair, batches, steps=300, lr=3e-3)
+        pair = dictionaries.JacobianPair(32, 128, k=6, function=mlp, weight=weight, links=32)
+        batches = ((x, mlp(x)) for x in data.stream(128))
+        dictionaries.train(pair, batches, steps=200, lr=5e-3)
         x = data.batch(999, 512)[0]
         links = (pair.jacobian(x)[0].abs() > 0.2).float().sum((1, 2)).mean().item()
         return links, (pair.first(x).fvu + pair.second(mlp(x)).fvu).item() / 2

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-CHUNK = 2**25
-"""How many entries of the encoder's product are held at once: 512 rows of 65,536 latents."""
+CHUNK = 2**23
+"""How many entries of the encoder's product are held at once: 512 rows of 16,384 latents, 32 MB."""
 
 
 @dataclass(frozen=True)

@@ -121,11 +121,11 @@ class Pass:
         if self.done == self.resume_at and self.digest.hexdigest() != self.digest_there:
             self.refuse_texts()
         mine = mine and number >= self.resume_at
-        first = not self.samples  # the ranges are those of batch 0, whichever shard it belongs to
+        first = not self.samples  # the ranges are those of the first batch, whichever shard it belongs to
         if not (mine or first):
             return
         activations, where, loss = self._activations(rows)
-        if first:
+        if first and len(where):  # a row may hold nothing but special tokens
             self._calibrate(activations)
         if mine:
             self._take(number * self.question["batch"], rows, activations, where, loss)
@@ -144,7 +144,7 @@ class Pass:
         self, first: int, rows: list[list[int]], activations: dict[str, Tensor], where: Tensor, loss: list[list[float]]
     ) -> None:
         where = where + first * self.question["context"]
-        for site, acts in activations.items():
+        for site, acts in activations.items() if len(where) else ():
             self.highest[site].add(acts, where)
             self.samples[site].add(acts, where)
             _summed(self.sums[site], acts)
@@ -173,6 +173,8 @@ class Pass:
 
     def save(self) -> None:
         """This writes the texts since the last time, then what has been kept; a kill in between costs nothing."""
+        if not self.samples:
+            return
         self._write_contexts()
         tensors = {}
         for site in self.sites:

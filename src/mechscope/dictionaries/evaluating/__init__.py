@@ -19,13 +19,21 @@ if TYPE_CHECKING:
     from mechscope.dictionaries.evaluating.disentangling import disentanglement
     from mechscope.dictionaries.evaluating.erasing import spurious_correlation_removal, targeted_probe_perturbation
     from mechscope.dictionaries.evaluating.in_model import loss_recovered
+    from mechscope.dictionaries.evaluating.looking import (
+        clamp_effects,
+        completeness,
+        feature_search,
+        neighbours_share,
+    )
     from mechscope.dictionaries.evaluating.manifolds import manifold_features
     from mechscope.dictionaries.evaluating.probing import sparse_probing
     from mechscope.dictionaries.evaluating.reading import asked, probed
     from mechscope.dictionaries.evaluating.reconstruction import evaluate
     from mechscope.dictionaries.evaluating.recovery import atom_recovery, matched_cosine, mean_max_cosine
     from mechscope.dictionaries.evaluating.report import DictionaryReport, Measure
+    from mechscope.dictionaries.evaluating.scaling import scaling_law
     from mechscope.dictionaries.evaluating.supervision import Supervised, sparse_control, supervised
+    from mechscope.dictionaries.evaluating.sweeping import recovery_sweep
 
 __all__ = [
     # what every metric answers with
@@ -56,6 +64,14 @@ __all__ = [
     "sparse_control",
     # features that are not directions
     "manifold_features",
+    # over sizes, sparsities and steps
+    "recovery_sweep",
+    "scaling_law",
+    # looking features up
+    "feature_search",
+    "clamp_effects",
+    "neighbours_share",
+    "completeness",
 ]
 
 _OWNER: dict[str, str] = {
@@ -72,6 +88,9 @@ _OWNER: dict[str, str] = {
     **dict.fromkeys(["asked", "probed"], "reading"),
     **dict.fromkeys(["Supervised", "sparse_control", "supervised"], "supervision"),
     "manifold_features": "manifolds",
+    "recovery_sweep": "sweeping",
+    "scaling_law": "scaling",
+    **dict.fromkeys(["clamp_effects", "completeness", "feature_search", "neighbours_share"], "looking"),
 }
 
 

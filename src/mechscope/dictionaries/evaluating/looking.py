@@ -97,7 +97,7 @@ def neighbours_share(
     """
     kept = (labels >= 0).nonzero().flatten()
     if len(kept) <= k:
-        raise DictionaryError(f"{len(kept)} labelled latents have no {k} neighbours each; label more, or give a lower k")
+        raise DictionaryError(f"{len(kept)} labelled latents have no {k} neighbours each; label more, or lower k")
     rows = nn.functional.normalize(directions(dictionary)[kept], dim=1)
     near = (rows @ rows.T).fill_diagonal_(-2).topk(k, dim=1).indices
     own = labels[kept]

@@ -15,6 +15,7 @@ mean max cosine similarity over dictionary size and L1 coefficient; Cunningham e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def recovery_sweep(
     train([made for row in grid for made in row], batches, steps=steps, **training)
     rows = [[directions(made) for made in row] for row in grid]
     between = torch.tensor(
-        [[mean_max_cosine(large, small) for small, large in zip(*pair)] for pair in zip(rows, rows[1:])]
+        [[mean_max_cosine(large, small) for small, large in zip(*pair)] for pair in pairwise(rows)]
     ).reshape(len(sizes) - 1, len(penalties))
     tensors = {"between": between, "sizes": torch.tensor(sizes), "penalties": torch.tensor(penalties).double()}
     if atoms is None:

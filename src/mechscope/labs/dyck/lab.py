@@ -54,7 +54,7 @@ def untrained() -> Model:
 def drawn(recipe: Recipe, deeper: bool, n: int, seed: int) -> Brackets:
     """This is sequences that were never trained on; `deeper` ones nest up to twice as deep, and more often deeply."""
     deepest, opens = (2 * recipe.deepest, 0.6) if deeper else (recipe.deepest, recipe.opens)
-    generator = torch.Generator().manual_seed(2**40 + seed)
+    generator = torch.Generator().manual_seed(2**31 + seed)
     return brackets(n, recipe.total, recipe.kinds, deepest, opens, generator)
 
 

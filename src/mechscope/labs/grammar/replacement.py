@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mechscope as ms
 from mechscope import dictionaries
 from mechscope.dictionaries import CrossLayerTranscoder, Dictionary
+from mechscope.edits import unchanged
 from mechscope.labs.grammar import document, folder
+from mechscope.models import load
 
 DOCUMENTS, HELD = 2000, 24
 """How many documents are for training, again and again, and for judging."""
@@ -74,7 +75,7 @@ def replaced(kind: list[Dictionary], n_layers: int) -> dict[str, Any]:
     def write(layer: int) -> Callable[[Tensor], Tensor]:
         return lambda value: written(kind, x, layer).to(value)
 
-    edits: dict[str, Any] = {f"blocks.{layer}.ln2": ms.unchanged(read(layer)) for layer in range(n_layers)}
+    edits: dict[str, Any] = {f"blocks.{layer}.ln2": unchanged(read(layer)) for layer in range(n_layers)}
     return edits | {f"blocks.{layer}.mlp_out": write(layer) for layer in range(n_layers)}
 
 
@@ -112,7 +113,7 @@ def judge(model: Any, kinds: Kinds, held: list[str]) -> list[dict[str, Any]]:
 
 def run(per_layer: int = 256, k: int = 8, steps: int = 500, vectors: int = 512, seed: int = 0) -> list[dict[str, Any]]:
     """This trains and judges all kinds."""
-    model = ms.load(folder())
+    model = load(folder())
     kinds = make(model.n_layers, model.d_model, per_layer, k, seed=seed)
     everything = [dictionary for kind in kinds.values() for dictionary in kind]
     sites = [f"blocks.{layer}.{name}" for layer in range(model.n_layers) for name in ("ln2", "mlp_out")]

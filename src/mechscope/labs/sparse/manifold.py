@@ -67,7 +67,7 @@ class Manifold:
     def subspaces(self) -> Tensor:
         """This is an orthonormal basis of each manifold's subspace, [manifold m d]."""
         m = DIMENSIONS[self.kind]
-        drawn = torch.randn(self.d, self.n * m, generator=torch.Generator().manual_seed(2**44 + self.seed))
+        drawn = torch.randn(self.d, self.n * m, generator=torch.Generator().manual_seed(2**31 + 3 * 2**28 + self.seed))
         return torch.linalg.qr(drawn).Q.T.contiguous().unflatten(0, (self.n, m))
 
     def batch(self, step: int, size: int) -> Placed:

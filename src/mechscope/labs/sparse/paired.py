@@ -60,7 +60,7 @@ class PlantedMap:
     @cached_property
     def reads(self) -> Tensor:
         """This is which atoms each unit reads, [unit atom], zeros and ones; atoms are dealt out before any repeats."""
-        generator = torch.Generator().manual_seed(2**41 + self.seed)
+        generator = torch.Generator().manual_seed(2**31 + 2**28 + self.seed)
         rounds = -(-self.n_units * self.fan_in // self.source.n_atoms) + 1
         deck = torch.cat([torch.randperm(self.source.n_atoms, generator=generator) for _ in range(rounds)]).tolist()
         reads = torch.zeros(self.n_units, self.source.n_atoms)
@@ -77,7 +77,9 @@ class PlantedMap:
     @cached_property
     def writes(self) -> Tensor:
         """This is each unit's output direction, [unit d_out], of unit length."""
-        drawn = torch.randn(self.n_units, self.d_out, generator=torch.Generator().manual_seed(2**42 + self.seed))
+        drawn = torch.randn(
+            self.n_units, self.d_out, generator=torch.Generator().manual_seed(2**31 + 2**29 + self.seed)
+        )
         return drawn / drawn.norm(dim=1, keepdim=True)
 
     def batch(self, step: int, size: int) -> Mapped:
@@ -152,7 +154,7 @@ class Sites:
         codes = self.source.batch(step, size).codes
         x = torch.einsum("ba,sa,sad->bsd", codes, self.present.float(), self.atoms)
         if self.source.noise:
-            generator = torch.Generator().manual_seed(2**43 + self.source.seed * 1_000_003 + step)
+            generator = torch.Generator().manual_seed(2**31 + 2**30 + self.source.seed * 1_000_003 + step)
             x = x + self.source.noise * torch.randn(x.shape, generator=generator)
         return Seen(x, codes)
 

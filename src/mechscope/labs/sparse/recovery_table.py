@@ -31,7 +31,8 @@ from mechscope.labs.sparse.generator import Sparse
 from mechscope.labs.sparse.paired import PlantedMap, Sites
 
 D, ATOMS, ACTIVE = 64, 64, 3
-STEPS, BATCH, RATE = 1000, 256, 4e-3
+STEPS, BATCH, RATE = 2000, 256, 4e-3
+RATES = {"Gated": 2e-3}
 HELD = 10**6
 """The step from which batches are for judging: training sees none of them."""
 
@@ -40,8 +41,8 @@ REVIVED: dict[str, Any] = {"k": ACTIVE, "dead_after": 2000, "aux": 1.0}
 
 AUTOENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ReLU": ("ReLU", {"l1": 2.0}),
-    "ReLU, tied": ("ReLU", {"l1": 2.0, "tied": True}),
-    "Gated": ("Gated", {"l1": 6.0, "warmup": 0.3}),
+    "ReLU, tied": ("ReLU", {"l1": 1.0, "tied": True}),
+    "Gated": ("Gated", {"l1": 8.0, "warmup": 0.5}),
     "TopK": ("TopK", REVIVED),
     "BatchTopK": ("BatchTopK", REVIVED),
     "JumpReLU": ("JumpReLU", {}),
@@ -69,7 +70,7 @@ def autoencoder(name: str, structure: str, seed: int, steps: int) -> Row:
     data = Sparse(d=D, n_atoms=atoms, active=active, structure=structure, seed=seed)  # type: ignore[arg-type]
     options = options | ({"k": 1} if sums and "k" in options else {})
     sae = getattr(dictionaries, kind)(D, ATOMS, seed=seed, **options)
-    dictionaries.train(sae, data.stream(BATCH), steps=steps, lr=RATE)
+    dictionaries.train(sae, data.stream(BATCH), steps=steps, lr=RATES.get(kind, RATE))
     found = sae.W_dec.detach()
     row = {**recovered(found, data.atoms), **fidelity(sae, (data.batch(HELD + i, 1024).x for i in range(8)))}
     if structure == "hierarchical":
