@@ -10,6 +10,7 @@ from mechscope.dictionaries import ReLU
 from mechscope.dictionaries.evaluating import recovery_sweep, scaling_law
 from mechscope.errors import DictionaryError
 from mechscope.labs.sparse import Sparse
+from mechscope.labs.sparse.plot import heat_map
 
 DATA = Sparse(d=32, n_atoms=32, active=2, seed=1)
 SIZES, PENALTIES = [16, 32, 64], [0.1, 2.0, 20.0]
@@ -36,6 +37,11 @@ def test_the_maximum_is_at_the_true_size_in_a_window_of_penalties(swept):
 def test_agreement_with_the_next_size_says_the_same_without_the_truth(swept):
     between = swept.tensors["between"]
     assert between.shape == (2, 3) and int(between[1].argmax()) == 1 and between[1, 1] > 0.9
+
+
+def test_the_sweep_is_drawn_as_maps(swept, tmp_path):
+    drawn = heat_map(swept, tmp_path / "sweep.html").read_text()
+    assert all(title in drawn for title in ("matched with true atoms", "with the next larger", "Heatmap".lower()))
 
 
 def test_a_sweep_that_cannot_be_says_why():

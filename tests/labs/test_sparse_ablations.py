@@ -25,7 +25,7 @@ def test_an_auxiliary_loss_revives_and_a_wrong_middle_kills(rows):
 
 
 def test_every_ordering_is_of_runs_that_are_made():
-    even = dict.fromkeys(ablations.RUNS, {"fvu": 1.0, "L0": 0.0, "dead": 0.0, "matched": 0.0})
+    even = {name: {"fvu": 1.0, "L0": 0.0, "dead": 0.0, "matched": 0.0} for name in ablations.RUNS}
     held = {name: holds(even) for name, holds in ablations.ORDERINGS.items()}
     assert [name for name, true in held.items() if true] == [
         "FVU: a warm-up of the penalty costs nothing",

@@ -74,7 +74,7 @@ class JacobianPair(Dictionary):
         rows = self.first.W_dec[read] * (values > 0)[..., None]
 
         def along(tangent: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.func.jvp(lambda h: function(h / size_in) * size_out, (inner,), (tangent,))
+            return torch.func.jvp(lambda h: function(h / size_in) * size_out, (inner,), (tangent,))[:2]
 
         out, columns = torch.func.vmap(along, in_dims=1, out_dims=(None, 1))(rows)  # type: ignore[arg-type]
         made, written = self._active(self.second, out - self.second.b_dec)

@@ -65,7 +65,8 @@ def tuned(base: Model, steps: int = 100, rows: int = 16, seed: int = 0) -> Model
     """This is a copy of the model, trained for a few steps at half the rates that the base was trained at."""
     recipe = Recipe()
     recipe = replace(recipe, adamw_lr=recipe.adamw_lr / 2, muon_lr=recipe.muon_lr / 2)
-    hf, random = copy.deepcopy(base.hf).train(), Random(seed)
+    hf: Any = copy.deepcopy(base.hf).train()
+    random = Random(seed)
     steppers = optimisers(recipe, hf)
     rates = [
         torch.optim.lr_scheduler.LambdaLR(one, lambda step: min(1.0, (step + 1) / 10, 2 * (steps - step) / steps))

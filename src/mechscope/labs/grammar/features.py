@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 from random import Random
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,12 @@ from mechscope.labs.grammar.sentences import EVERY, document
 from mechscope.models import Model
 
 SITE = "blocks.0.resid_post"
-SIZES, STEPS, K = (64, 128, 256, 512, 1024), (100, 300, 900), 4
+SIZES, STEPS, K = (16, 32, 64, 128, 256), (100, 300, 900), 4
+"""Of the law. Beyond these sizes nothing is left to gain: the texts have few features, and steps are what is short."""
+
+STUDIED, LONG, MORE = (128, 256, 512), 450, 8
+"""The sizes, steps and active latents of the dictionaries that are looked into."""
+
 KINDS: dict[str, tuple[str, ...]] = {
     "male names": EVERY.male,
     "female names": EVERY.female,
@@ -56,27 +60,24 @@ def vectors(model: Model, documents: int, seed: int, context: int = 64) -> tuple
     return torch.cat(x)[order], torch.cat(tokens)[order]
 
 
-def trained(x: Tensor, sizes: tuple[int, ...], steps: int, seed: int = 0) -> list[Dictionary]:
+def trained(x: Tensor, sizes: tuple[int, ...], steps: int, k: int, seed: int = 0) -> list[Dictionary]:
     """This is dictionaries of all sizes, trained on the same batches."""
     made: list[Dictionary] = [
-        BatchTopK(x.shape[1], n, k=K, aux=0.25, dead_after=20_000, reads=SITE, seed=seed) for n in sizes
+        BatchTopK(x.shape[1], n, k=k, aux=0.25, dead_after=20_000, reads=SITE, seed=seed) for n in sizes
     ]
     batches = [x[start : start + 512] for start in range(0, len(x) - 511, 512)]
     return dictionaries.train(made, (batches[step % len(batches)] for step in range(10**9)), steps=steps, lr=4e-3)
 
 
-def law(x: Tensor, held: Tensor, sizes: tuple[int, ...] = SIZES, steps: tuple[int, ...] = STEPS) -> Any:
-    """This is the law, and the dictionaries that were trained longest, by size."""
-    counts, lengths, losses = [], [], []
-    made: list[Dictionary] = []
-    for length in steps:
-        made = trained(x, sizes, length)
-        reports = evaluating.evaluate(made, held.split(1024))
+def law(x: Tensor, held: Tensor) -> DictionaryReport:
+    """This is the law, of dictionaries that were each trained anew for their number of steps."""
+    losses = []
+    for steps in STEPS:
+        reports = evaluating.evaluate(trained(x, SIZES, steps, K), held.split(1024))
         assert isinstance(reports, list)
         losses += [report["fvu"].value for report in reports]
-        counts += sizes
-        lengths += [length] * len(sizes)
-    return evaluating.scaling_law({"features": counts, "steps": lengths}, losses), dict(zip(sizes, made))
+    lengths = [steps for steps in STEPS for _ in SIZES]
+    return evaluating.scaling_law({"features": [*SIZES] * len(STEPS), "steps": lengths}, losses)
 
 
 def words(model: Model, kinds: dict[str, tuple[str, ...]]) -> Tensor:
@@ -141,21 +142,19 @@ def complete(dictionary: Dictionary, x: Tensor, tokens: Tensor, kind: Tensor) ->
     return evaluating.completeness(dictionary, x, torch.where(kind[tokens] >= 0, tokens, -1))
 
 
-def run(
-    documents: int = 1600, sizes: tuple[int, ...] = SIZES, steps: tuple[int, ...] = STEPS, seed: int = 0
-) -> dict[str, DictionaryReport]:
+def run(documents: int = 1600, seed: int = 0) -> dict[str, DictionaryReport]:
     """This makes every report, by what it is of."""
     model = shelf.load("grammar-small")
     x, _ = vectors(model, documents, seed)
     held, tokens = vectors(model, max(256, documents // 5), seed + 1000)
-    fitted, made = law(x, held, sizes, steps)
-    largest = made[sizes[-1]]
-    kind = words(model, KINDS)
-    reports = {"law": fitted, "search": search(model, largest, held, tokens)}
+    reports = {"law": law(x, held)}
+    made = trained(x, STUDIED, LONG, MORE)
+    largest, kind = made[-1], words(model, KINDS)
+    reports["search"] = search(model, largest, held, tokens)
     reports["clamping"] = clamping(model, largest, held, tokens)
     reports["neighbours"] = evaluating.neighbours_share(largest, labels(largest, held, tokens, kind), k=3)
-    for size in sizes[len(sizes) // 2 :]:
-        reports[f"completeness at {size}"] = complete(made[size], held, tokens, kind)
+    for one in made:
+        reports[f"completeness at {one.n_latents}"] = complete(one, held, tokens, kind)
     return reports
 
 

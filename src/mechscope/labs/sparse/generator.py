@@ -109,8 +109,8 @@ class Sparse:
     @cached_property
     def atoms(self) -> Tensor:
         """This is the true directions, [atom d], of unit length."""
-        # Far from the seeds of batches, so that no batch is made of the numbers that made the atoms. Torch reads 32 bits
-        # of a seed: 2**40 + s would be s.
+        # Far from the seeds of batches, so that no batch is made of the numbers that made the atoms. Torch reads 32
+        # bits of a seed: 2**40 + s would be s.
         drawn = torch.randn(self.n_atoms, self.d, generator=torch.Generator().manual_seed(2**31 + self.seed))
         if self.orthogonal:
             return torch.linalg.qr(drawn.T).Q.T.contiguous()

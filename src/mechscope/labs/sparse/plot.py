@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mechscope.dictionaries.evaluating.recovery import chance, cosines, matched_cosine
+from mechscope.dictionaries.evaluating.report import DictionaryReport
 from mechscope.labs import plot
 from mechscope.labs.lab import Report, silent
 from mechscope.labs.sparse.generator import STRUCTURES
@@ -67,4 +68,24 @@ def picture(path: Path, report: Report = silent) -> Path:
     figure.update_layout(
         template="plotly_white", height=620, width=1500, title=title, legend=dict(orientation="h", y=-0.12)
     )
+    return plot.write(figure, path)
+
+
+def heat_map(report: DictionaryReport, path: Path) -> Path:
+    """This draws what `recovery_sweep` found: a map for each score, sizes upwards, penalties to the right."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    names = {"matched": "matched with true atoms", "mmcs": "mean max cosine", "between": "with the next larger"}
+    shown = {title: report.tensors[name] for name, title in names.items() if name in report.tensors}
+    sizes, penalties = ([f"{value:g}" for value in report.tensors[name].tolist()] for name in ("sizes", "penalties"))
+    figure = make_subplots(rows=1, cols=len(shown), subplot_titles=list(shown))
+    for column, table in enumerate(shown.values(), start=1):
+        heat = go.Heatmap(z=table.tolist(), x=penalties, y=sizes[: len(table)], zmin=0, zmax=1, colorscale="Viridis")
+        heat.update(texttemplate="%{z:.2f}", showscale=column == len(shown))
+        figure.add_trace(heat, row=1, col=column)
+        figure.update_xaxes(type="category", title_text="penalty", row=1, col=column)
+        figure.update_yaxes(type="category", row=1, col=column)
+    figure.update_yaxes(title_text="latents", row=1, col=1)
+    figure.update_layout(template="plotly_white", height=420, width=120 + 420 * len(shown), title=report.verdict)
     return plot.write(figure, path)
