@@ -1,7 +1,8 @@
 """The command `python -m mechscope.labs.sparse.ablations`: which choices in training a dictionary matter, one by one.
 
 Each row changes one thing in a run of a TopK or ReLU autoencoder on data whose atoms are known (F-SAE), with as many
-latents as atoms, and a mean that is not 0. What is expected is stated (after pilot runs); the command says whether it held:
+latents as atoms, and a mean that is not 0. What is expected is stated, after pilot runs; the command says whether it
+held:
 
     atoms found   auxiliary loss > resampling > neither > encoder of its own > b_dec begun at 0
     dead          an auxiliary loss leaves fewer latents dead than neither, b_dec begun at 0 leaves more
