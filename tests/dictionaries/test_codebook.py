@@ -8,7 +8,9 @@ from torch.nn.functional import normalize
 
 import mechscope as ms
 from mechscope import dictionaries
+from mechscope.dictionaries.codebook import finetune
 from mechscope.labs import sparse
+from mechscope.labs.toy import ToyConfig, ToyTransformer
 
 CODES = normalize(torch.randn(48, 32, generator=torch.Generator().manual_seed(0)), dim=1)
 
@@ -66,3 +68,47 @@ def test_a_codebook_cannot_write_elsewhere():
         dictionaries.Codebook(8, 16, reads="blocks.0.ln2", writes="blocks.0.mlp_out")
     with pytest.raises(ms.errors.DictionaryError, match="width 8"):
         dictionaries.Codebook(8, 16).active(torch.zeros(3, 9))
+
+
+def test_codes_are_the_states_of_a_machine_and_forcing_one_steers_it():
+    """A machine of 16 states, the last two symbols; the model is finetuned with 64 codes at its end."""
+    torch.manual_seed(1)
+    symbols, site = 4, "blocks.1.resid_post"
+    following = torch.distributions.Dirichlet(torch.full((symbols,), 0.4)).sample((symbols**2,))  # pyright: ignore
+
+    def rows(step: int, n: int = 64, length: int = 16) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(step)
+        ids = list(torch.randint(symbols, (2, n), generator=draw))
+        for _ in range(length - 2):
+            ids.append(torch.multinomial(following[ids[-2] * symbols + ids[-1]], 1, generator=draw)[:, 0])
+        return torch.stack(ids, 1)
+
+    config = ToyConfig(
+        vocab_size=symbols, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        norm="layer", max_position_embeddings=16,
+    )  # fmt: skip
+    model = ms.load(ToyTransformer(config))
+    codes = dictionaries.Codebook(32, 64, k=1, dead_after=5000, reads=site)
+    finetune(model, [], (rows(i) for i in range(700)), steps=700, lr=3e-3)
+    before = finetune(model, [], [rows(5000)], steps=1, lr=0.0)[0]
+    losses = finetune(model, [codes], (rows(1000 + i) for i in range(300)), steps=300, lr=3e-3)
+    assert losses[-1] < before + 0.1  # the bottleneck costs little
+
+    ids = rows(10**6, 200)
+    states = (ids[:, :-1] * symbols + ids[:, 1:]).flatten()
+    x = model.run(ids, save=site)[site][:, 1:].reshape(-1, 32)
+
+    def precision(of: dictionaries.Codebook) -> tuple[float, torch.Tensor]:
+        used = torch.zeros(64, symbols**2)
+        used.index_put_((of.active(x).latents, states), torch.ones(len(x)), accumulate=True)
+        return (used.amax(1).sum() / used.sum()).item(), used
+
+    found, used = precision(codes)
+    assert found > 0.9 > precision(dictionaries.Codebook(32, 64, k=1))[0]
+    forced, free = [], []
+    for state in range(symbols**2):
+        code = codes.decode(torch.nn.functional.one_hot(used[:, state].argmax(), 64).float())
+        for how, edits in ((forced, {f"{site}[pos=-1]": ms.set(code)}), (free, {})):
+            said = model.run(ids[:20, :8], edits=edits).logits[:, -1].softmax(-1)
+            how.append((said - following[state]).abs().sum(-1).mean().item() / 2)
+    assert sum(forced) / 16 < 0.15 < 0.35 < sum(free) / 16  # distance from the forced state's next symbols

@@ -3,8 +3,9 @@
     codes = train(Codebook(128, 1024, k=4), model.stream(texts, at="blocks.1.resid_post"), steps=2000)
     model.run(text, edits={"blocks.1.resid_post": codes.splice(error=False)})      as a bottleneck in the model
 
-As a bottleneck while the model itself is finetuned, `bottleneck(x)` passes gradients straight through to x, and the
-codes learn from the squared error alone.
+    finetune(model, [codes], rows_of_ids, steps=1000)         the model learns to live with them; its weights change
+
+As a bottleneck, `bottleneck(x)` passes gradients straight through to x, and codes learn from the squared error alone.
 
 Source: Tamkin et al. 2023, Codebook Features, arXiv:2310.17230, section 2 (cosine similarity, the straight-through
 estimator, the sum of k codes); unused codes begin again at an input, as is usual with vector quantisation.
@@ -12,7 +13,8 @@ estimator, the sum of k codes); unused codes begin again at an input, as is usua
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,12 @@ from torch.nn.functional import normalize
 
 from mechscope.dictionaries.dictionary import Dictionary, Features, Reconstruction
 from mechscope.dictionaries.sparse import Sparse, pick, rows_sum
+from mechscope.edits import unchanged
 from mechscope.errors import DictionaryError
+from mechscope.models.run import Pass, Plan
+
+if TYPE_CHECKING:
+    from mechscope.models.model import Model
 
 
 class Codebook(Dictionary):
@@ -121,3 +128,60 @@ class Codebook(Dictionary):
     def _nearest(self, cosines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values, codes = cosines.topk(min(self.k, self.n_latents), dim=1, sorted=False)
         return values.flatten(), codes.flatten(), torch.full((len(values),), values.shape[1], device=codes.device)
+
+
+def finetune(
+    model: Model,
+    codebooks: Sequence[Codebook],
+    rows: Iterable[Tensor],
+    *,
+    steps: int,
+    lr: float = 1e-3,
+    codes_lr: float = 1e-2,
+    weight: float = 1.0,
+) -> list[float]:
+    """This trains a model with codebooks as bottlenecks at the sites that they read; each step's loss is returned.
+
+    rows: ids [rows, context], a batch a step. The loss is that of the next token, whose gradient passes straight
+    through to the model, plus `weight` times the codebooks' squared error, which moves the codes alone. The model's
+    weights change in place: load it once more for the original. Run it with
+    `edits={codes.reads: codes.splice(error=False)}` afterwards, for it has learned to have them.
+
+    Raises DictionaryError for a codebook without a site, and for rows that end early.
+    """
+    for codes in codebooks:
+        if not isinstance(codes.reads, str):
+            raise DictionaryError("each codebook needs a site: make it with reads='blocks.1.resid_post'")
+    parameters = [{"params": list(model.hf.parameters()), "lr": lr}]
+    parameters += [{"params": list(codes.parameters()), "lr": codes_lr} for codes in codebooks]
+    optimiser, losses = torch.optim.Adam(parameters), []
+    for number, ids in zip(range(steps), rows):
+        made: list[tuple[Codebook, Reconstruction]] = []
+
+        def bottleneck(codes: Codebook, x: Tensor, first: bool = number == 0, made=made) -> Tensor:
+            flat = x.detach().reshape(-1, codes.d_in)
+            if first:
+                codes.begin(flat, None)
+            made.append((codes, codes(flat)))
+            return codes.bottleneck(x)
+
+        edits = [
+            (request, unchanged(lambda x, codes=codes: bottleneck(codes, x)))
+            for codes in codebooks
+            for request in model.resolve(str(codes.reads))
+        ]
+        work = Pass(model.anatomy, Plan([], edits), range(len(ids)))
+        with torch.enable_grad(), model.alone(), work.hooked(model.hf):
+            logits = model.forward({"input_ids": ids}).logits
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+            sum((weight * found.loss for _, found in made), start=loss).backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        for codes, found in made:
+            codes.count(found)
+        losses.append(loss.item())
+    if len(losses) < steps:
+        raise DictionaryError(f"the rows ended after {len(losses)} of {steps} steps; give more")
+    for codes in codebooks:
+        codes.eval()
+    return losses
