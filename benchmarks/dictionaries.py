@@ -3,8 +3,9 @@
 A step is of 4,096 vectors of width 768, 16,384 latents, k = 32: forward, backward, Adam, unit decoder rows, the count
 of idle latents. Its bound is the encoder's product and the selection of the 32 greatest, which nothing can leave out.
 The dense reference keeps features as [4,096, 16,384] tensors and uses the same fused Adam. Peers run in environments
-of their own, in turn with the same dense reference, so that ratios to it compare across processes; each with its own
-loop's step, less what it does beside the loss. Memory is the peak of tensors in a step above weights and optimiser.
+of their own, in turn with the same dense reference, so that ratios to it compare across processes; each does its own
+trainer's step (eai-sparsify's is its coder's, with plain Adam). Memory is the peak of tensors in a step above weights
+and optimiser.
 
 Four dictionaries on four sites of the GPT-2-small shape: one stream and four steps a batch, against the forward alone
 and the four steps alone.

@@ -30,7 +30,8 @@ def test_search_finds_the_heads_of_a_layer_and_those_that_write_a_token(show, do
         page.locator("h1").click()
         page.keyboard.press("/")
         page.keyboard.type(words)
-        return rows.all_inner_texts()
+        # The text of what a row holds, whether or not it is laid out yet: innerText breaks lines only once it is.
+        return rows.all_text_contents()
 
     layer = search("head 7")
     assert len(layer) == 12 and layer[0].startswith("head 7.3") and "induction" in layer[0]

@@ -12,7 +12,7 @@ from mechscope.cli.progress import progressing
 
 tasks = typer.Typer(no_args_is_help=True, help="Tasks: check one on a model, or list them.")
 app.add_typer(tasks, name="task")
-labs = typer.Typer(no_args_is_help=True, help="Models whose mechanism is known: list them, check one, run one.")
+labs = typer.Typer(no_args_is_help=True, help="Models whose mechanism is known: list, check, run them.")
 app.add_typer(labs, name="lab")
 
 

@@ -31,12 +31,12 @@ HELD = 10
 
 
 COLUMNS = {
-    "L0": "L0",
+    "loss recovered": "loss recovered, mean",
     "FVU": "fvu",
+    "KL ratio": "KL ratio, norms kept",
     "dead": "dead",
     "dense": "dense",
-    "loss recovered": "loss recovered, mean",
-    "KL ratio": "KL ratio, norms kept",
+    "L0": "L0",
 }
 """What the page's table says of each dictionary, and the measures that it is taken from."""
 
