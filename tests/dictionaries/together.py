@@ -28,7 +28,11 @@ def batch(step: int) -> torch.Tensor:
 
 
 def fresh() -> dictionaries.TopK:
-    return dictionaries.TopK(D, LATENTS, k=3, dead_after=300)
+    """This is an untrained dictionary whose first latents, all of one process where latents are split, are dead."""
+    made = dictionaries.TopK(D, LATENTS, k=3, aux=0.5, dead_after=300)
+    with torch.no_grad():
+        made.b_enc[:12] = -4.0
+    return made
 
 
 def alone(batches=batch) -> dictionaries.TopK:

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mechscope.dictionaries.dictionary import Dictionary, Features
+from mechscope.dictionaries.dictionary import Features
 from mechscope.dictionaries.parallel import rank
-from mechscope.dictionaries.sparse import Sparse, pick, products
+from mechscope.dictionaries.sparse import Sparse, pick, products, rows_sum, top
 from mechscope.dictionaries.topk import TopK
 from mechscope.dictionaries.training import adam, one_step, rate_at
 from mechscope.errors import DictionaryError
@@ -94,18 +94,35 @@ class Shard(TopK):
         return _Copied.apply(super().inner(x))  # type: ignore[return-value]
 
     def chosen(self, inner: Tensor) -> Sparse:
-        own = pick(inner, self.W_enc, self.b_enc, self.select)
-        best = torch.zeros(len(inner), self.k, dtype=inner.dtype, device=inner.device)
-        place = torch.arange(len(own.values), device=inner.device) - own.offsets[:-1].repeat_interleave(own.counts())
-        best[own.rows(), place] = own.values
-        least = _gathered(best).topk(self.k, dim=1).values[:, -1]
-        return products(inner, self.W_enc, self.b_enc, own.where(own.values >= least[own.rows()]))
+        return _greatest(inner, self.W_enc, self.b_enc, self.k)
 
     def written(self, features: Features) -> Tensor:
         return _Added.apply(super().written(features) - self.b_dec) + self.b_dec
 
     def penalties(self, found: Features, pre: Features, inner: Tensor, error: Tensor) -> dict[str, Tensor]:
-        return {}  # each process's dead latents alone would be another loss; see the README of the whole
+        """This is AuxK over the dead latents of all processes, as `topk.auxiliary` is over those of one."""
+        dead = (self.idle > self.dead_after).nonzero().flatten()
+        everywhere = _sum(torch.tensor([len(dead)], device=inner.device))
+        if not self.aux or not everywhere.item() or not torch.is_grad_enabled():
+            return {}
+        most = self.d_in // 2
+        if len(dead):
+            features = _greatest(inner, self.W_enc[dead], self.b_enc[dead], most)
+            own = rows_sum(features, self.W_dec[dead])
+        else:  # nothing to give, and still a part in what all processes do together
+            _gathered(inner.new_zeros(len(inner), most))
+            own = torch.zeros_like(error)
+        return {"aux": self.aux * (error.detach() - _Added.apply(own)).square().sum(1).mean()}
+
+
+def _greatest(inner: Tensor, W: Tensor, b: Tensor, k: int) -> Sparse:
+    """This is this process's share of the k greatest entries of each vector, over the latents of all processes."""
+    own = pick(inner, W, b, lambda pre: top(pre, k))
+    best = inner.new_zeros(len(inner), k)
+    place = torch.arange(len(own.values), device=inner.device) - own.offsets[:-1].repeat_interleave(own.counts())
+    best[own.rows(), place] = own.values
+    least = _gathered(best).topk(k, dim=1).values[:, -1]
+    return products(inner, W, b, own.where(own.values >= least[own.rows()]))
 
 
 ROWS = ("W_enc", "b_enc", "W_dec", "idle")
@@ -150,6 +167,3 @@ def _gathered(x: Tensor) -> Tensor:
     every = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(every, x.contiguous())
     return torch.cat(every, dim=1)
-
-
-__all__ = ["Dictionary", "Shard", "train_sharded"]
