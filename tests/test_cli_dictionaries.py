@@ -71,6 +71,7 @@ def test_what_cannot_be_trained_is_said(text, tmp_path):
         return result.output
 
     assert "did you mean 'TopK'" in said("--architecture", "Topk")
+    assert "made and trained in Python" in said("--architecture", "Crosscoder")
     assert "no site 'blocks.1.resid_pots'" in said("--at", "blocks.1.resid_pots")
     assert "do not pair up" in said("--at", "blocks.1.ln2->blocks.*.mlp_out")
 

@@ -31,7 +31,7 @@ def fresh() -> dictionaries.TopK:
     """This is an untrained dictionary whose first latents, all of one process where latents are split, are dead."""
     made = dictionaries.TopK(D, LATENTS, k=3, aux=0.5, dead_after=300)
     with torch.no_grad():
-        made.b_enc[:12] = -4.0
+        made.b_enc[:12] = -2.5
     return made
 
 

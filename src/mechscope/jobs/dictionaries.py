@@ -78,9 +78,12 @@ def train_dictionaries(
 
     >>> train_dictionaries("grammar", "text.txt", "out", ["blocks.1.resid_post"], k=8)  # doctest: +SKIP
     """
-    if architecture not in room.ARCHITECTURES:
-        near = did_you_mean(architecture, room.ARCHITECTURES)
-        raise DictionaryError(f"no architecture {architecture!r}{near}; there are {', '.join(room.ARCHITECTURES)}")
+    known = [name for name in room.ARCHITECTURES if _of_one_site(name)]
+    if architecture not in known:
+        raise DictionaryError(
+            f"no architecture {architecture!r} for single sites{did_you_mean(architecture, known)}; there are "
+            f"{', '.join(known)}. Others are made and trained in Python: docs/dictionaries.md"
+        )
     tell = progress or (lambda stage, done, total: None)
     folder = writable(Path(out).expanduser())
     if isinstance(model, str):
@@ -200,6 +203,12 @@ def takes(architecture: str, option: str) -> bool:
     """This is whether an architecture has an option, such as "k"; False for one that is not there."""
     made = getattr(room, architecture, None) if architecture in room.ARCHITECTURES else None
     return made is not None and option in inspect.signature(made.__init__).parameters
+
+
+def _of_one_site(architecture: str) -> bool:
+    made = getattr(room, architecture)
+    sized = list(inspect.signature(made.__init__).parameters)[1:4] == ["d_in", "n_latents", "d_out"]
+    return issubclass(made, room.Coder) and sized
 
 
 def _layer(site: str) -> str:
